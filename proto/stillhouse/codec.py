@@ -1,0 +1,290 @@
+"""numpy arrays <-> messages, validated: the only place where bytes become numbers and back.
+
+`ScoreTask` is a decoded request, `Scores` a decoded answer, `Teacher` a decoded GetTeacher. Both ends use the
+same records, so a test of one is a test of the other.
+"""
+
+import hashlib
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.errors import MalformedArray, WrongAnswer
+from stillhouse.v1 import teacher_pb2 as pb
+
+_DTYPES: dict[int, np.dtype[Any]] = {
+    pb.ELEMENT_TYPE_INT32: np.dtype("<i4"),
+    pb.ELEMENT_TYPE_FLOAT32: np.dtype("<f4"),
+    pb.ELEMENT_TYPE_FLOAT16: np.dtype("<f2"),
+}
+_ELEMENT_TYPES: dict[np.dtype[Any], pb.ElementType] = {
+    np.dtype("<i4"): pb.ELEMENT_TYPE_INT32,
+    np.dtype("<f4"): pb.ELEMENT_TYPE_FLOAT32,
+    np.dtype("<f2"): pb.ELEMENT_TYPE_FLOAT16,
+}
+
+FloatArray = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTask:
+    """One sequence to score. L tokens, the last N = L - score_start of them are the response."""
+
+    model: str
+    token_ids: NDArray[np.int32]  # [L]
+    score_start: int
+    top_k: int
+    candidate_ids: NDArray[np.int32] | None = None  # [N, M]
+    temperature: float = 1.0
+    expected_model_revision: str = ""
+    expected_vocabulary_digest: str = ""
+    half_precision: bool = False  # top-k and candidate log-probabilities travel as float16
+
+    @property
+    def num_scored(self) -> int:
+        """N, the number of response positions."""
+        return len(self.token_ids) - self.score_start
+
+    @property
+    def num_candidates(self) -> int:
+        """M, candidates a position; 0 without."""
+        return 0 if self.candidate_ids is None else self.candidate_ids.shape[1]
+
+    @property
+    def response_bytes(self) -> int:
+        """Size of the answer's arrays in bytes (the message adds a few hundred)."""
+        logprob_bytes = 2 if self.half_precision else 4
+        per_row = self.top_k * (4 + logprob_bytes) + self.num_candidates * logprob_bytes + 5 * 4
+        return self.num_scored * per_row
+
+    def digest(self) -> bytes:
+        """SHA-256 over what was asked, as `Echo.request_digest` defines it."""
+        logprob_type = pb.ELEMENT_TYPE_FLOAT16 if self.half_precision else pb.ELEMENT_TYPE_FLOAT32
+        digest = hashlib.sha256(self.model.encode() + b"\0")
+        digest.update(struct.pack("<III", self.score_start, self.top_k, self.num_candidates))
+        digest.update(struct.pack("<dI", self.temperature, logprob_type))
+        digest.update(_raw(self.token_ids))
+        if self.candidate_ids is not None:
+            digest.update(_raw(self.candidate_ids))
+        return digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The teacher's scores of N response tokens, in nats, normalised over the whole vocabulary.
+
+    Row i belongs to response token i, given everything before it. Values are float32.
+    """
+
+    top_ids: NDArray[np.int32]  # [N, k], most likely first
+    top_logprobs: FloatArray  # [N, k]
+    sampled_logprobs: FloatArray  # [N]
+    candidate_logprobs: FloatArray | None  # [N, M]
+    log_tail: FloatArray  # [N], log mass outside the top k
+    log_support_tail: FloatArray  # [N], log mass outside the top k and the candidates
+    entropy: FloatArray  # [N], of the whole distribution
+    log_normalizer: FloatArray  # [N], log-sum-exp of logits / temperature
+    model: str = ""
+    model_revision: str = ""
+    temperature: float = 1.0
+    queue_wait_ms: float = 0.0
+    engine_ms: float = 0.0
+    batch_sequences: int = 0
+
+    @property
+    def top_logits(self) -> FloatArray:
+        """Logits over the temperature of the top k: [N, k]."""
+        return self.top_logprobs + self.log_normalizer[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """What a server serves and what it can do (see `GetTeacherResponse`)."""
+
+    model: str
+    model_revision: str
+    vocabulary_size: int
+    vocabulary_digest: str
+    max_sequence_tokens: int
+    max_top_k: int
+    max_candidates: int
+    min_temperature: float
+    max_temperature: float
+    max_response_bytes: int
+    compute_dtype: str
+    engine: str
+    server_version: str
+
+
+def _raw(array: NDArray[Any]) -> bytes:
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()
+
+
+def encode_array(array: NDArray[Any]) -> pb.Array:
+    """Message of an int32, float32 or float16 array of one dimension or more."""
+    dtype = _ELEMENT_TYPES.get(array.dtype.newbyteorder("<"))
+    if dtype is None:
+        raise TypeError(f"array has dtype {array.dtype}; the contract carries int32, float32 and float16")
+    return pb.Array(dtype=dtype, shape=array.shape, data=_raw(array))
+
+
+def decode_array(message: pb.Array, *, field: str, dtypes: tuple[str, ...], ndim: int) -> NDArray[Any]:
+    """Read-only array over the message's bytes (no copy).
+
+    Raises MalformedArray naming `field` unless the dtype is one of `dtypes`, the rank is `ndim` and the byte
+    count fits the shape.
+    """
+    dtype = _DTYPES.get(message.dtype)
+    if dtype is None or dtype.name not in dtypes:
+        name = dtype.name if dtype is not None else f"element type {message.dtype}"
+        raise MalformedArray(f"{field} is {name}; send {' or '.join(dtypes)}", field=field, value=name)
+    shape = tuple(message.shape)
+    if len(shape) != ndim:
+        raise MalformedArray(f"{field} has shape {shape}; send {ndim} dimension(s)", field=field, value=shape)
+    expected = math.prod(shape) * dtype.itemsize
+    if len(message.data) != expected:
+        raise MalformedArray(
+            f"{field} has {len(message.data)} bytes; shape {shape} of {dtype.name} takes {expected}",
+            field=field,
+            value=len(message.data),
+        )
+    return np.frombuffer(message.data, dtype=dtype).reshape(shape)
+
+
+def encode_request(task: ScoreTask) -> pb.ScoreRequest:
+    """Message of a request."""
+    request = pb.ScoreRequest(
+        model=task.model,
+        token_ids=encode_array(task.token_ids),
+        score_start=task.score_start,
+        top_k=task.top_k,
+        temperature=task.temperature,
+        expected_model_revision=task.expected_model_revision,
+        expected_vocabulary_digest=task.expected_vocabulary_digest,
+        logprob_dtype=pb.ELEMENT_TYPE_FLOAT16 if task.half_precision else pb.ELEMENT_TYPE_FLOAT32,
+    )
+    if task.candidate_ids is not None:
+        request.candidate_ids.CopyFrom(encode_array(task.candidate_ids))
+    return request
+
+
+def decode_request(request: pb.ScoreRequest) -> ScoreTask:
+    """The request as arrays; raises MalformedArray. What its numbers mean is checked by the server."""
+    allowed = (pb.ELEMENT_TYPE_UNSPECIFIED, pb.ELEMENT_TYPE_FLOAT32, pb.ELEMENT_TYPE_FLOAT16)
+    if request.logprob_dtype not in allowed:
+        raise MalformedArray(
+            f"logprob_dtype is {request.logprob_dtype}; send ELEMENT_TYPE_FLOAT32 or ELEMENT_TYPE_FLOAT16",
+            field="logprob_dtype",
+            value=request.logprob_dtype,
+        )
+    has_candidates = request.HasField("candidate_ids")
+    return ScoreTask(
+        model=request.model,
+        token_ids=decode_array(request.token_ids, field="token_ids", dtypes=("int32",), ndim=1),
+        score_start=request.score_start,
+        top_k=request.top_k,
+        candidate_ids=decode_array(request.candidate_ids, field="candidate_ids", dtypes=("int32",), ndim=2)
+        if has_candidates
+        else None,
+        temperature=request.temperature if request.HasField("temperature") else 1.0,
+        expected_model_revision=request.expected_model_revision,
+        expected_vocabulary_digest=request.expected_vocabulary_digest,
+        half_precision=request.logprob_dtype == pb.ELEMENT_TYPE_FLOAT16,
+    )
+
+
+def encode_response(task: ScoreTask, scores: Scores) -> pb.ScoreResponse:
+    """Message of the answer to `task`."""
+    wire = np.float16 if task.half_precision else np.float32
+    response = pb.ScoreResponse(
+        sampled_logprobs=encode_array(scores.sampled_logprobs),
+        log_tail=encode_array(scores.log_tail),
+        log_support_tail=encode_array(scores.log_support_tail),
+        entropy=encode_array(scores.entropy),
+        log_normalizer=encode_array(scores.log_normalizer),
+        echo=pb.Echo(
+            request_digest=task.digest(),
+            model=scores.model,
+            model_revision=scores.model_revision,
+            temperature=task.temperature,
+        ),
+        timings=pb.Timings(
+            queue_wait_ms=scores.queue_wait_ms,
+            engine_ms=scores.engine_ms,
+            batch_sequences=scores.batch_sequences,
+        ),
+    )
+    if task.top_k:
+        response.top_ids.CopyFrom(encode_array(scores.top_ids))
+        response.top_logprobs.CopyFrom(encode_array(scores.top_logprobs.astype(wire, copy=False)))
+    if scores.candidate_logprobs is not None:
+        response.candidate_logprobs.CopyFrom(encode_array(scores.candidate_logprobs.astype(wire, copy=False)))
+    return response
+
+
+def decode_response(task: ScoreTask, response: pb.ScoreResponse) -> Scores:
+    """The answer as arrays. Raises WrongAnswer if it is not the answer to `task`.
+
+    Checked: the request digest, the pinned revision, every shape, and that no value is NaN.
+    """
+    echo = response.echo
+    if echo.request_digest != task.digest():
+        raise WrongAnswer("the answer's request digest is not this request's", field="request_digest")
+    if task.expected_model_revision and echo.model_revision != task.expected_model_revision:
+        raise WrongAnswer(
+            f"the answer was made by revision {echo.model_revision!r}, not the pinned "
+            f"{task.expected_model_revision!r}",
+            field="model_revision",
+        )
+    rows, k, m = task.num_scored, task.top_k, task.num_candidates
+    floats = ("float32", "float16")
+    try:
+        return Scores(
+            top_ids=_result(response.top_ids, "top_ids", ("int32",), (rows, k))
+            if k
+            else np.empty((rows, 0), np.int32),
+            top_logprobs=_result(response.top_logprobs, "top_logprobs", floats, (rows, k))
+            if k
+            else np.empty((rows, 0), np.float32),
+            sampled_logprobs=_result(response.sampled_logprobs, "sampled_logprobs", ("float32",), (rows,)),
+            candidate_logprobs=None
+            if task.candidate_ids is None
+            else _result(response.candidate_logprobs, "candidate_logprobs", floats, (rows, m)),
+            log_tail=_result(response.log_tail, "log_tail", ("float32",), (rows,)),
+            log_support_tail=_result(response.log_support_tail, "log_support_tail", ("float32",), (rows,)),
+            entropy=_result(response.entropy, "entropy", ("float32",), (rows,)),
+            log_normalizer=_result(response.log_normalizer, "log_normalizer", ("float32",), (rows,)),
+            model=echo.model,
+            model_revision=echo.model_revision,
+            temperature=echo.temperature,
+            queue_wait_ms=response.timings.queue_wait_ms,
+            engine_ms=response.timings.engine_ms,
+            batch_sequences=response.timings.batch_sequences,
+        )
+    except MalformedArray as error:
+        raise WrongAnswer(f"the answer is malformed: {error.message}", field=error.fields["field"]) from error
+
+
+def _result(message: pb.Array, field: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> NDArray[Any]:
+    array = decode_array(message, field=field, dtypes=dtypes, ndim=len(shape))
+    if array.shape != shape:
+        raise WrongAnswer(f"{field} has shape {array.shape}; expected {shape}", field=field)
+    if array.dtype.kind != "f":
+        return array
+    if np.isnan(array).any():
+        raise WrongAnswer(f"{field} contains NaN", field=field)
+    return array.astype(np.float32, copy=False)
+
+
+def encode_teacher(teacher: Teacher) -> pb.GetTeacherResponse:
+    """Message of a server's description."""
+    return pb.GetTeacherResponse(**{name: getattr(teacher, name) for name in Teacher.__dataclass_fields__})
+
+
+def decode_teacher(response: pb.GetTeacherResponse) -> Teacher:
+    """A server's description."""
+    return Teacher(**{name: getattr(response, name) for name in Teacher.__dataclass_fields__})

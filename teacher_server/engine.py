@@ -1,0 +1,28 @@
+"""The seam between the service and whatever computes scores."""
+
+from typing import Protocol
+
+from stillhouse.codec import Scores, ScoreTask, Teacher
+
+
+class Engine(Protocol):
+    """Scores sequences with one model.
+
+    Tasks that reach an engine have been validated against `describe()`; an engine may batch them in any way,
+    because the scores of a task do not depend on what it is batched with (to rounding).
+    """
+
+    def describe(self) -> Teacher:
+        """What this engine serves and can do. Constant for its lifetime."""
+        ...
+
+    async def score(self, task: ScoreTask) -> Scores:
+        """Scores of one task. Raises `stillhouse.errors`.
+
+        Cancelling the awaiting task withdraws the work if it has not started.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Stops the engine; tasks not yet scored fail with Unavailable."""
+        ...
