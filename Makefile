@@ -1,0 +1,48 @@
+# Two commands to know: `make demo` (the main job, on a laptop) and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help deps demo test lint types bench protos clean
+
+help: ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+# The programs alone, as a user would install them.
+.venv/programs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) --editable '.[teacher,student]'
+	@touch $@
+
+# What the tests need on top.
+.venv/development: .venv/programs
+	$(PIP_INSTALL) --editable '.[teacher,student,dev]'
+	@touch $@
+
+node_modules/installed: package.json
+	npm install --no-audit --no-fund --no-package-lock --loglevel=error
+	@touch $@
+
+deps: .venv/development node_modules/installed ## install everything into .venv and node_modules
+
+demo: .venv/programs ## train a student against a served teacher, and by GRPO alone; compare (12 minutes)
+	$(BIN)/python -m examples.chain_sum.demo $(DEMO)
+
+test: deps ## every test
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: deps ## style of the code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: deps ## types of the code
+	node_modules/.bin/pyright --warnings
+
+bench: deps ## measure log-probabilities through the head against full logits and TRL
+	$(BIN)/python -m benchmarks.gathered_logprobs
+
+protos: ## write the generated code of the contract anew
+	scripts/generate_protos.sh
+
+clean: ## remove what was installed
+	rm -rf .venv .venv-proto node_modules

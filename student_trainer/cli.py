@@ -1,0 +1,101 @@
+"""`student-trainer`: train, eval, score. Arguments are parsed before anything heavy is imported."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import stillhouse
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 1 failed while running, 2 refused before it began."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _dispatch(options)
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint stands", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="student-trainer", description="Train a student on its own answers, scored by served teachers."
+    )
+    parser.add_argument("--version", action="version", version=f"stillhouse {stillhouse.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (
+        ("train", "train a student; writes metrics, samples and checkpoints into run_dir"),
+        ("eval", "pass@k of student.model on the held-out prompts"),
+    ):
+        command = commands.add_parser(name, help=what, description=what)
+        command.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="for example optimizer.learning_rate=1e-5"
+        )
+        if name == "eval":
+            command.add_argument("--out", type=Path, help="also write the result there, as JSON")
+    score = commands.add_parser("score", help="score a JSONL of texts with a teacher and write the arrays")
+    score.add_argument(
+        "--teacher", action="append", required=True, metavar="HOST:PORT", help="repeat for a pool"
+    )
+    score.add_argument("--tokenizer", type=Path, required=True, help="directory of the teacher's tokenizer")
+    score.add_argument("--input", type=Path, required=True, help='lines {"prompt": ..., "response": ...}')
+    score.add_argument("--output", type=Path, required=True, help="directory for part-NNNNN.npz files")
+    score.add_argument("--model", default="", help="name of the model on the server (default: its only one)")
+    score.add_argument("--top-k", type=int, default=16)
+    score.add_argument("--temperature", type=float, default=1.0)
+    score.add_argument("--max-in-flight", type=int, default=64)
+    score.add_argument("--deadline-s", type=float, default=120.0, help="of one sequence, retries included")
+    score.add_argument("--part-size", type=int, default=1024, help="sequences in a file")
+    return parser
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    from stillhouse.errors import StillhouseError
+    from student_trainer.config import ConfigError, load_config
+
+    try:
+        if options.command == "score":
+            from student_trainer.score import score_file
+
+            score_file(options)
+            return 0
+        config = load_config(options.config, options.overrides)
+        folder = options.config.resolve().parent
+        from student_trainer.train import evaluate_only, train
+
+        if options.command == "train":
+            print(json.dumps(train(config, folder), indent=2))
+            return 0
+        result = evaluate_only(config, folder)
+        print(json.dumps(result, indent=2))
+        if options.out:
+            from student_trainer.run_dir import write_json
+
+            write_json(options.out, result)
+        return 0
+    except ConfigError as error:
+        print(f"student-trainer: nothing was started:\n{error}", file=sys.stderr)
+        return 2
+    except (StillhouseError, ArithmeticError, RuntimeError, ValueError, OSError) as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """Says what ended the run. Errors that are ours are one message; anything else keeps its traceback."""
+    from stillhouse.errors import StillhouseError
+    from student_trainer.objective import NonFiniteLoss
+    from student_trainer.verifiers import VerifierError
+
+    if isinstance(error, StillhouseError):
+        print(f"student-trainer: the teacher: {error.reason}: {error}", file=sys.stderr)
+        return 1
+    if isinstance(error, NonFiniteLoss | VerifierError):
+        print(f"student-trainer: {error}", file=sys.stderr)
+        return 1
+    raise error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""pass@k on held-out prompts, with confidence intervals."""
+
+from typing import Any
+
+import numpy as np
+
+from student_trainer.config import EvaluationConfig
+from student_trainer.experience import Judge
+from student_trainer.passrate import bootstrap_interval, pass_at_k
+from student_trainer.prompts import Prompt
+from student_trainer.sampler import Sampler
+
+
+def evaluate(
+    config: EvaluationConfig,
+    prompts: list[Prompt],
+    *,
+    sampler: Sampler,
+    judge: Judge,
+    pass_threshold: float,
+    seed: int,
+) -> dict[str, Any]:
+    """`pass@k` (unbiased, mean over prompts) and `pass@k_interval` (95%, bootstrap over prompts) for each k.
+
+    Also `reward`, `response_length`, `prompts`, `answers` and `dropped` (answers that could not be judged; a
+    prompt left with fewer than max(k) of them is refused, since its pass@k would not be one).
+    """
+    rewards: dict[str, list[float]] = {prompt.key: [] for prompt in prompts}
+    lengths: list[int] = []
+    dropped = 0
+    for lot in sampler.sample(prompts, config.answers_per_prompt, seed=seed):
+        for rollout in lot:
+            reward = judge(rollout.prompt, rollout.text)
+            lengths.append(len(rollout.response_ids))
+            if reward is None:
+                dropped += 1
+            else:
+                rewards[rollout.prompt.key].append(reward)
+    result: dict[str, Any] = {}
+    for k in config.k:
+        values = []
+        for key, given in rewards.items():
+            if len(given) < k:
+                raise ValueError(
+                    f"evaluation: {key} has {len(given)} judged answers, pass@{k} needs {k}; fix the verifier"
+                )
+            values.append(pass_at_k(len(given), sum(reward >= pass_threshold for reward in given), k))
+        result[f"pass@{k}"] = float(np.mean(values))
+        result[f"pass@{k}_interval"] = list(bootstrap_interval(values))
+    result["reward"] = float(np.mean([np.mean(given) for given in rewards.values()]))
+    result["response_length"] = float(np.mean(lengths))
+    return result | {"prompts": len(prompts), "answers": config.answers_per_prompt, "dropped": dropped}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """One line a person reads."""
+    figures = []
+    for name, value in result.items():
+        if name.startswith("pass@") and not name.endswith("_interval"):
+            low, high = result[f"{name}_interval"]
+            figures.append(f"{name} {value:.3f} [{low:.3f}, {high:.3f}]")
+    return "  ".join(figures) + f"  reward {result['reward']:.3f}  len {result['response_length']:.0f}"

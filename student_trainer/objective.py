@@ -1,0 +1,164 @@
+"""The objective: which pieces make the per-token loss of a batch, as the configuration picks them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from student_trainer import advantages, losses, surrogates
+from student_trainer.batch import Batch
+from student_trainer.logprobs import Support
+from student_trainer.objective_config import Divergence, Mask, ObjectiveConfig, PolicyGradient
+from student_trainer.schedules import value_at
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLosses:
+    """Per-token losses of a batch, [R] each, coefficients and masks included, not yet reduced."""
+
+    terms: dict[str, Tensor]
+    clipped: Tensor | None  # [R] bool: where the surrogate's clip took the gradient away
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss or gradient is NaN or infinite; the update was not made."""
+
+
+def token_losses(
+    objective: ObjectiveConfig, step: int, batch: Batch, support: Support, policy_logprobs: Tensor
+) -> TokenLosses:
+    """Every term of the objective at `step` whose coefficient is not zero.
+
+    support: the student at the batch's support, at the distillation temperature. policy_logprobs: [R], the
+    student's log-probability of the sampled tokens at the rollout temperature. Nats.
+    """
+    terms: dict[str, Tensor] = {}
+    clipped = None
+    prompt_weight = batch.prompt_weights[batch.sequence]
+    for index, divergence in enumerate(objective.divergences):
+        coefficient = value_at(divergence.coefficient, step)
+        if coefficient == 0:
+            continue
+        name = divergence.kind if divergence.kind not in terms else f"{divergence.kind}_{index}"
+        weight = coefficient * prompt_weight * _mask(divergence.mask, batch)
+        # where, not a product: a masked token must not matter even if its loss is infinite.
+        terms[name] = torch.where(weight != 0, weight * _divergence(divergence, batch, support), 0.0)
+    gradient = objective.policy_gradient
+    if gradient is not None and (coefficient := value_at(gradient.coefficient, step)) != 0:
+        surrogate = _surrogate(gradient, step, batch, support, policy_logprobs, prompt_weight)
+        terms["policy_gradient"] = coefficient * surrogate.loss
+        clipped = surrogate.clipped
+    return TokenLosses(terms, clipped)
+
+
+def reduce_loss(token: TokenLosses, batch: Batch, step: int) -> Tensor:
+    """The batch's share of the loss: sum over tokens of weight * (sum of terms).
+
+    Raises NonFiniteLoss naming step, term and sample before anything is back-propagated.
+    """
+    total = batch.token_weights.new_zeros(())
+    for name, values in token.terms.items():
+        weighted = torch.where(batch.token_weights != 0, batch.token_weights * values, 0.0)
+        bad = torch.nonzero(~torch.isfinite(weighted))
+        if len(bad):
+            raise NonFiniteLoss(_describe(name, values, int(bad[0]), batch, step))
+        total = total + weighted.sum()
+    return total
+
+
+def _describe(name: str, values: Tensor, row: int, batch: Batch, step: int) -> str:
+    index = int(batch.sequence[row])
+    rollout = batch.samples[index].rollout
+    position = row - int((batch.sequence < index).sum())
+    return (
+        f"step {step}: term {name} is {values[row].item()} at token {position} (id {int(batch.targets[row])}) of the "
+        f"answer to {rollout.prompt.key}: {rollout.text[:80]!r}. The update was not made; the last checkpoint stands."
+    )
+
+
+def _mask(kind: Mask, batch: Batch) -> Tensor:
+    """[R] of 0 and 1."""
+    match kind:
+        case "all":
+            chosen = torch.ones_like(batch.passed)
+        case "failed":
+            chosen = ~batch.passed
+        case "group_failed":
+            chosen = batch.group_failed
+        case "passed":
+            chosen = batch.passed
+    return chosen[batch.sequence].float()
+
+
+def _divergence(config: Divergence, batch: Batch, support: Support) -> Tensor:
+    assert batch.teacher_logprobs is not None and batch.teacher_log_tail is not None
+    arrays = (support.logprobs, batch.teacher_logprobs, support.log_tail, batch.teacher_log_tail)
+    match config.kind:
+        case "forward_kl":
+            return losses.forward_kl(*arrays)
+        case "reverse_kl":
+            return losses.reverse_kl(*arrays)
+        case "js":
+            return losses.js(*arrays, beta=config.beta)
+        case "sinkhorn":
+            return _sinkhorn(config, batch, arrays)
+
+
+def _sinkhorn(config: Divergence, batch: Batch, arrays: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """SinKD over the response tokens of each sequence, or of the whole micro-batch."""
+    options = {"epsilon": config.epsilon, "iterations": config.iterations}
+    if config.rows == "micro_batch":
+        return losses.sinkhorn(*arrays, ids=batch.support_ids, **options)
+    parts = []
+    for index in range(len(batch.samples)):
+        rows = batch.sequence == index
+        parts.append(
+            losses.sinkhorn(*(array[rows] for array in arrays), ids=batch.support_ids[rows], **options)
+        )
+    return torch.cat(parts)
+
+
+def _surrogate(
+    config: PolicyGradient,
+    step: int,
+    batch: Batch,
+    support: Support,
+    policy_logprobs: Tensor,
+    prompt_weight: Tensor,
+) -> surrogates.Surrogate:
+    advantage = _advantages(config, step, batch, support, prompt_weight)
+    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    if config.surrogate == "ppo_clip":
+        return surrogates.ppo_clip(policy_logprobs, batch.sampler_logprobs, advantage, **clip)
+    assert batch.teacher_sampled is not None
+    return surrogates.trrd(
+        policy_logprobs,
+        batch.sampler_logprobs,
+        batch.teacher_sampled,
+        advantage,
+        alpha=config.alpha,
+        log_ratio_clamp=config.log_ratio_clamp,
+        **clip,
+    )
+
+
+def _advantages(
+    config: PolicyGradient, step: int, batch: Batch, support: Support, prompt_weight: Tensor
+) -> Tensor:
+    """[R]: reward part plus teacher part, or the one scaled by the other (RLSD). No gradient."""
+    reward = (
+        value_at(config.reward, step) * _mask(config.reward_mask, batch) * batch.advantages[batch.sequence]
+    )
+    coefficient = value_at(config.teacher, step)
+    if coefficient == 0 and config.rlsd is None:
+        return reward
+    assert batch.teacher_sampled is not None
+    student = support.logprobs.gather(1, batch.target_column[:, None]).squeeze(1)
+    log_ratio = advantages.teacher_advantages(student, batch.teacher_sampled)
+    if not config.teacher_at_eos:
+        log_ratio = torch.where(batch.is_eos, 0.0, log_ratio)
+    if config.rlsd is not None:
+        return advantages.rlsd(
+            reward, log_ratio, mix=value_at(config.rlsd.mix, step), epsilon=config.rlsd.epsilon
+        )
+    return reward + coefficient * prompt_weight * _mask(config.teacher_mask, batch) * log_ratio
