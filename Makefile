@@ -26,10 +26,10 @@ node_modules/installed: package.json
 deps: .venv/development node_modules/installed ## install everything into .venv and node_modules
 
 demo: .venv/programs ## train a student against a served teacher, and by GRPO alone; compare (12 minutes)
-	$(BIN)/python -m examples.chain_sum.demo $(DEMO)
+	$(BIN)/python examples/chain_sum/demo.py $(ARGS)
 
 test: deps ## every test
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: deps ## style of the code
 	$(BIN)/ruff check .

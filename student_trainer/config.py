@@ -178,6 +178,20 @@ class RunConfig(ConfigModel):
         return self.objective.temperature or self.rollout.temperature
 
 
+def dump_config(config: RunConfig) -> str:
+    """YAML that `load_config` turns into the same configuration."""
+    return yaml.safe_dump(_plain(config.model_dump()), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """The same with YAML's own types only. Not JSON's: the steps of a schedule are whole numbers."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def load_config(path: Path, overrides: list[str]) -> RunConfig:
     """The configuration in `path` with `key.sub=value` overrides (values are YAML).
 

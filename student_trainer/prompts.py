@@ -65,7 +65,8 @@ class ReasoningGymPrompts(_Source):
     size: PositiveInt = 1000
     """How many prompts to make."""
     seed: int = 0
-    """Which prompts: the same seed, size and parameters give the same ones; take another for evaluation."""
+    """Which prompts. Most datasets make prompt i from seed + i, so seeds closer than `size` share prompts: for
+    evaluation, take a seed that is at least `size` away."""
     parameters: dict[str, Any] = {}
     """The dataset's own parameters, such as `min_terms: 6`."""
     template: str = "{question}"
@@ -123,8 +124,8 @@ def load_prompts(
                     "give the prompts as text."
                 )
             messages, text, ids = None, content, _tokenise_text(tokenizer, content)
-        if not ids:
-            raise ValueError(f"prompts: {key} is empty (no token to sample from). Fix: remove it or fill it in.")
+        if not ids or not content:
+            raise ValueError(f"prompts: {key} is empty. Fix: remove it or fill it in.")
         prompts.append(Prompt(key, text, messages, tuple(ids), answer, entry))
     _check_lengths(prompts, config.max_prompt_tokens)
     return prompts
@@ -159,8 +160,8 @@ class PromptOrder:
     def _batches(self, n: int) -> int:
         if not 1 <= n <= len(self.prompts):
             raise ValueError(
-                f"prompts per step: {n} asked, {len(self.prompts)} available, and a step takes no prompt twice. "
-                f"Fix: ask for 1 to {len(self.prompts)}, or give more prompts (reasoning_gym: raise `size`)."
+                f"prompts_per_step: {n}, but there are {len(self.prompts)} prompts, and a step takes none twice. "
+                f"Fix: 1 to {len(self.prompts)}, or more prompts (reasoning_gym: raise prompts.size)."
             )
         return len(self.prompts) // n
 
@@ -222,7 +223,7 @@ def _render(
 def _tokenise_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
     bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    if bos and text.startswith(bos):
+    if isinstance(bos, str) and text.startswith(bos):
         return bare
     ids: list[int] = tokenizer(text)["input_ids"]  # type: ignore[assignment]
     # Tokenizers that close every text with EOS would tell the student that the answer is over before it began.

@@ -13,10 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from student_trainer.batch import Sample
-from student_trainer.config import ConfigError, RunConfig
+from student_trainer.config import ConfigError, RunConfig, dump_config
 
 
 class RunDir:
@@ -28,7 +26,7 @@ class RunDir:
         self._samples_per_step = config.samples_per_step
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(
-            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            dump_config(config)
         )
         self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
         self._samples = (self.path / "samples.jsonl").open("a", buffering=1)
