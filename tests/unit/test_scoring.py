@@ -1,0 +1,154 @@
+"""What is known at start fails at start; a run's scores are of the pinned revision and vocabulary."""
+
+import dataclasses
+import re
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from stillhouse.errors import ModelRevisionMismatch, Unavailable
+from stillhouse.vocabulary import vocabulary_digest
+from student_trainer.batch import Rollout
+from student_trainer.config import ConfigError, RunConfig
+from student_trainer.prompts import Prompt
+from student_trainer.scoring import check_lengths, connect, gather
+from tests.fakes import BigramTeacher, FakeServer
+
+VOCABULARY = {f"w{index}": index for index in range(19)}
+
+
+class _Tokenizer:
+    def get_vocab(self) -> dict[str, int]:
+        return VOCABULARY
+
+
+class _Teacher(BigramTeacher):
+    """The bigram teacher with the tokenizer's vocabulary, and anything else a test wants it to say."""
+
+    def __init__(self, **says: Any) -> None:
+        super().__init__()
+        self._says = {"vocabulary_digest": vocabulary_digest(VOCABULARY)} | says
+
+    def describe(self):
+        return dataclasses.replace(super().describe(), **self._says)
+
+
+def _config(address: str, extra: str = "") -> RunConfig:
+    text = f"""
+    run_dir: x
+    steps: 1
+    student: {{model: m}}
+    prompts: {{source: reasoning_gym, dataset: chain_sum}}
+    objective: {{recipe: reverse_kl, temperature: 1.0}}
+    teacher: {{addresses: ["{address}"], top_k: 4, candidates: 2, start_deadline_s: 1.0}}
+    """
+    data = yaml.safe_load(text)
+    for key, value in yaml.safe_load(extra or "{}").items():
+        data[key] |= value
+    return RunConfig.model_validate(data)
+
+
+def _connect(teacher: BigramTeacher, extra: str = "") -> Any:
+    with FakeServer(teacher) as server:
+        config = _config(server.address, extra)
+        assert config.teacher is not None
+        scorer = connect(config, config.teacher, _Tokenizer())
+        scorer.close()
+        return scorer
+
+
+ROLLOUT = Rollout(
+    prompt=Prompt("p", "p", None, (3, 4), None, {}),
+    response_ids=np.array([5, 6, 7], np.int32),
+    sampler_logprobs=np.zeros(3, np.float32),
+    candidate_ids=np.array([[1, 2], [6, 2], [1, 2]], np.int32),
+    text="",
+    finished=True,
+)
+
+
+def test_a_fitting_teacher_is_accepted():
+    assert _connect(_Teacher()).teacher.model == "bigram"
+
+
+@pytest.mark.parametrize(
+    ("says", "extra", "parts"),
+    [
+        ({"vocabulary_digest": "other"}, "", ("student.model", "do not mean what they mean to teacher 'bigram'")),
+        ({"vocabulary_digest": ""}, "", ("against none",)),
+        ({"max_top_k": 3}, "", ("teacher.top_k: 4", "server's 3")),
+        ({"max_candidates": 2}, "", ("teacher.candidates: 2", "server's 2", "--max-candidates")),
+        ({"max_temperature": 1.5}, "objective: {temperature: 2.0}", ("objective.temperature: 2.0", "1.5")),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_at_start(says, extra, parts):
+    with pytest.raises(ConfigError) as caught:
+        _connect(_Teacher(**says), extra)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_answers_too_long_for_the_teacher_are_refused_with_the_length_that_fits():
+    served = dataclasses.replace(_Teacher().describe(), max_sequence_tokens=100)
+    check_lengths(40, 60, served)
+    with pytest.raises(ConfigError, match="lower it to 60"):
+        check_lengths(40, 61, served)
+
+
+def test_no_teacher_is_a_visible_wait_and_then_a_clear_error(capsys):
+    config = _config("127.0.0.1:9")
+    assert config.teacher is not None
+    with pytest.raises(Unavailable):
+        connect(config, config.teacher, _Tokenizer())
+    assert re.search(r"waiting for the teacher at 127\.0\.0\.1:9 \(\d of 1 s\): .*refused", capsys.readouterr().err)
+
+
+def test_a_rollout_is_scored_from_its_first_response_token_at_its_candidates():
+    with FakeServer(_Teacher()) as server:
+        config = _config(server.address)
+        assert config.teacher is not None
+        scorer = connect(config, config.teacher, _Tokenizer())
+        scores = scorer.submit(ROLLOUT).result()
+        scorer.close()
+        request = server.requests[0]
+    assert request.score_start == 2 and request.top_k == 4
+    assert request.expected_model_revision == "r1"
+    assert request.expected_vocabulary_digest == vocabulary_digest(VOCABULARY)
+    # The sampled token is asked for as the last candidate, so it is always part of the support.
+    np.testing.assert_array_equal(scores.candidate_logprobs[:, -1], scores.sampled_logprobs)
+
+
+def test_a_teacher_replaced_in_the_middle_is_a_named_error_not_a_silent_change():
+    with FakeServer(_Teacher()) as server:
+        config = _config(server.address)
+        assert config.teacher is not None
+        scorer = connect(config, config.teacher, _Tokenizer())
+        server.faults.fail_at(error=ModelRevisionMismatch("another revision"))
+        with pytest.raises(ModelRevisionMismatch):
+            gather([scorer.submit(ROLLOUT)])
+        scorer.close()
+
+
+def test_gathering_keeps_the_order_and_says_when_it_waits(capsys):
+    futures: list[Future] = [Future() for _ in range(3)]
+    futures[2].set_result("c")
+    futures[0].set_result("a")
+
+    def finish_late():
+        futures[1].set_result("b")
+
+    threading.Timer(0.5, finish_late).start()
+    assert gather(futures, note_every_s=0.1) == ["a", "b", "c"]
+    assert "1 of 3 scores missing" in capsys.readouterr().err
+
+
+def test_the_first_failure_is_raised_at_once_and_the_rest_withdrawn():
+    futures: list[Future] = [Future() for _ in range(3)]
+    futures[1].set_exception(Unavailable("gone"))
+    with pytest.raises(Unavailable, match="gone"):
+        gather(futures)
+    assert futures[0].cancelled() and futures[2].cancelled()
