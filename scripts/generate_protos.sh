@@ -7,9 +7,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-proto}"
-if [ ! -x .venv-proto/bin/python ]; then
-  python3 -m venv .venv-proto
+if ! .venv-proto/bin/python -c "import grpc_tools" 2>/dev/null; then
+  python3 -m venv --clear .venv-proto
   .venv-proto/bin/pip install --quiet grpcio-tools==1.71.2 setuptools==78.1.1
 fi
+mkdir -p "$out"
 .venv-proto/bin/python -m grpc_tools.protoc --proto_path=proto --python_out="$out" --pyi_out="$out" \
   --grpc_python_out="$out" proto/stillhouse/v1/teacher.proto

@@ -146,9 +146,7 @@ def _check(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
     if present is not None and (present.shape != ids.shape or present.dtype != torch.bool):
-        raise ValueError(
-            f"present must be bool {tuple(ids.shape)}, got {present.dtype} {tuple(present.shape)}"
-        )
+        raise ValueError(f"present must be bool {tuple(ids.shape)}, got {present.dtype} {tuple(present.shape)}")
     for name, value in (("softcap", head.softcap), ("temperature", head.temperature)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
@@ -219,9 +217,7 @@ class _VocabularyWalk(torch.autograd.Function):
         top = inputs.new_full((n_rows, 1), _EXCLUDED)
         total, weighted = torch.zeros_like(top), torch.zeros_like(top)
         buffers = None
-        for start, stop, run in _slices(
-            n_rows, vocab_size, inputs.element_size(), entries.tokens, head.slice_size
-        ):
+        for start, stop, run in _slices(n_rows, vocab_size, inputs.element_size(), entries.tokens, head.slice_size):
             if buffers is None:
                 buffers = inputs.new_empty(2, n_rows, stop - start)
             z, exps = buffers[0, :, : stop - start], buffers[1, :, : stop - start]
@@ -257,20 +253,20 @@ class _VocabularyWalk(torch.autograd.Function):
         logprobs = logits.new_full((ids.numel(),), -math.inf)
         logprobs[entries.places] = logits - lse[entries.rows]
         logprobs = logprobs.view(ids.shape)
-        ctx.head, ctx.whole = head, whole
-        ctx.save_for_backward(hidden, weight, bias, *entries, rest_lse, logprobs, entropy, log_tail)
+        ctx.head = head
+        ctx.save_for_backward(hidden, weight, bias, *entries, whole, rest_lse, logprobs, entropy, log_tail)
         ctx.set_materialize_grads(False)
         return logprobs, entropy, log_tail
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy, grad_tail):
-        hidden, weight, bias, *entry_tensors, rest_lse, logprobs, entropy, log_tail = ctx.saved_tensors
+        hidden, weight, bias, *entry_tensors, whole, rest_lse, logprobs, entropy, log_tail = ctx.saved_tensors
         head, entries = ctx.head, _Entries(*entry_tensors)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         inputs = _inputs(hidden, weight, head)
         row_terms, at_entries, added = _row_terms(
-            entries, ctx.whole, logprobs, entropy, log_tail, grad_logprobs, grad_entropy, grad_tail
+            entries, whole, logprobs, entropy, log_tail, grad_logprobs, grad_entropy, grad_tail
         )
         d_hidden = torch.zeros_like(inputs) if need_hidden else None
         d_weight = torch.empty_like(weight) if need_weight else None
@@ -301,13 +297,13 @@ class _VocabularyWalk(torch.autograd.Function):
                 dz.index_put_(at, added[run], accumulate=True)
             if head.softcap is not None:
                 dz.mul_(act.square_().neg_().add_(1.0)).mul_(head.outer)
-            if need_hidden:
+            if d_hidden is not None:
                 d_hidden.addmm_(dz, w)
-            if need_weight:
+            if d_weight is not None:
                 _product_into(d_weight[start:stop], dz.t(), inputs)
-            if need_bias:
+            if d_bias is not None:
                 d_bias[start:stop] = dz.sum(0).mul_(head.inner)
-        if need_hidden:
+        if d_hidden is not None:
             d_hidden = d_hidden.mul_(head.inner).to(hidden.dtype)
         return d_hidden, d_weight, d_bias, None, None, None
 

@@ -40,9 +40,11 @@ def token_losses(
         if coefficient == 0:
             continue
         name = divergence.kind if divergence.kind not in terms else f"{divergence.kind}_{index}"
-        weight = coefficient * prompt_weight * _mask(divergence.mask, batch)
-        # where, not a product: a masked token must not matter even if its loss is infinite.
-        terms[name] = torch.where(weight != 0, weight * _divergence(divergence, batch, support), 0.0)
+        weight = coefficient * prompt_weight * _mask(divergence.mask, batch)[batch.sequence]
+        # Tokens without weight are dropped, not multiplied by zero: 0 * inf would be NaN, in the gradient too.
+        rows = torch.nonzero(weight).squeeze(1)
+        values = weight[rows] * _divergence(divergence, batch, support, rows)
+        terms[name] = torch.zeros_like(weight).index_put((rows,), values)
     gradient = objective.policy_gradient
     if gradient is not None and (coefficient := value_at(gradient.coefficient, step)) != 0:
         surrogate = _surrogate(gradient, step, batch, support, policy_logprobs, prompt_weight)
@@ -77,22 +79,27 @@ def _describe(name: str, values: Tensor, row: int, batch: Batch, step: int) -> s
 
 
 def _mask(kind: Mask, batch: Batch) -> Tensor:
-    """[R] of 0 and 1."""
+    """[B] of 0 and 1."""
     match kind:
         case "all":
-            chosen = torch.ones_like(batch.passed)
+            return torch.ones_like(batch.advantages)
         case "failed":
-            chosen = ~batch.passed
+            return (~batch.passed).float()
         case "group_failed":
-            chosen = batch.group_failed
+            return batch.group_failed.float()
         case "passed":
-            chosen = batch.passed
-    return chosen[batch.sequence].float()
+            return batch.passed.float()
 
 
-def _divergence(config: Divergence, batch: Batch, support: Support) -> Tensor:
+def _divergence(config: Divergence, batch: Batch, support: Support, rows: Tensor) -> Tensor:
+    """Values at `rows` of the batch, in their order."""
     assert batch.teacher_logprobs is not None and batch.teacher_log_tail is not None
-    arrays = (support.logprobs, batch.teacher_logprobs, support.log_tail, batch.teacher_log_tail)
+    arrays = (
+        support.logprobs[rows],
+        batch.teacher_logprobs[rows],
+        support.log_tail[rows],
+        batch.teacher_log_tail[rows],
+    )
     match config.kind:
         case "forward_kl":
             return losses.forward_kl(*arrays)
@@ -101,21 +108,22 @@ def _divergence(config: Divergence, batch: Batch, support: Support) -> Tensor:
         case "js":
             return losses.js(*arrays, beta=config.beta)
         case "sinkhorn":
-            return _sinkhorn(config, batch, arrays)
-
-
-def _sinkhorn(config: Divergence, batch: Batch, arrays: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """SinKD over the response tokens of each sequence, or of the whole micro-batch."""
-    options = {"epsilon": config.epsilon, "iterations": config.iterations}
-    if config.rows == "micro_batch":
-        return losses.sinkhorn(*arrays, ids=batch.support_ids, **options)
-    parts = []
-    for index in range(len(batch.samples)):
-        rows = batch.sequence == index
-        parts.append(
-            losses.sinkhorn(*(array[rows] for array in arrays), ids=batch.support_ids[rows], **options)
-        )
-    return torch.cat(parts)
+            ids, sequence = batch.support_ids[rows], batch.sequence[rows]
+            lots = (
+                [torch.ones_like(sequence, dtype=torch.bool)]
+                if config.rows == "micro_batch"
+                else [sequence == index for index in sequence.unique_consecutive()]
+            )
+            parts = [
+                losses.sinkhorn(
+                    *(array[lot] for array in arrays),
+                    ids=ids[lot],
+                    epsilon=config.epsilon,
+                    iterations=config.iterations,
+                )
+                for lot in lots
+            ]
+            return torch.cat(parts) if parts else arrays[2]
 
 
 def _surrogate(
@@ -142,23 +150,24 @@ def _surrogate(
     )
 
 
-def _advantages(
-    config: PolicyGradient, step: int, batch: Batch, support: Support, prompt_weight: Tensor
-) -> Tensor:
+def _advantages(config: PolicyGradient, step: int, batch: Batch, support: Support, prompt_weight: Tensor) -> Tensor:
     """[R]: reward part plus teacher part, or the one scaled by the other (RLSD). No gradient."""
-    reward = (
-        value_at(config.reward, step) * _mask(config.reward_mask, batch) * batch.advantages[batch.sequence]
-    )
+    reward = value_at(config.reward, step) * _mask(config.reward_mask, batch) * batch.advantages
     coefficient = value_at(config.teacher, step)
     if coefficient == 0 and config.rlsd is None:
-        return reward
+        return reward[batch.sequence]
     assert batch.teacher_sampled is not None
     student = support.logprobs.gather(1, batch.target_column[:, None]).squeeze(1)
     log_ratio = advantages.teacher_advantages(student, batch.teacher_sampled)
     if not config.teacher_at_eos:
         log_ratio = torch.where(batch.is_eos, 0.0, log_ratio)
     if config.rlsd is not None:
-        return advantages.rlsd(
-            reward, log_ratio, mix=value_at(config.rlsd.mix, step), epsilon=config.rlsd.epsilon
-        )
-    return reward + coefficient * prompt_weight * _mask(config.teacher_mask, batch) * log_ratio
+        scaled = {"mix": value_at(config.rlsd.mix, step), "epsilon": config.rlsd.epsilon}
+        return advantages.rlsd(reward[batch.sequence], log_ratio, **scaled)
+    return advantages.mix(
+        reward,
+        prompt_weight * log_ratio,
+        batch.sequence,
+        teacher_coef=coefficient,
+        teacher_mask=_mask(config.teacher_mask, batch),
+    )

@@ -1,8 +1,9 @@
 """`student-trainer train` and `eval`: check everything, build the parts, run."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
     problems = _problems(config.prompts, tokenizer, folder)
     held_out = _held_out(config.evaluation, tokenizer, folder) if config.evaluation else None
     order = PromptOrder(problems.prompts, config.seed)
-    order.batch(0, config.rollout.prompts_per_step)  # refuses more prompts a step than there are
+    with _refusing("rollout."):
+        order.batch(0, config.rollout.prompts_per_step)  # more prompts a step than there are
     scorer = (
         connect(config, config.teacher, tokenizer)
         if config.teacher and config.objective.needs_teacher
@@ -56,8 +58,9 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
             longest = max(len(prompt.token_ids) for prompt in problems.prompts)
             check_lengths(longest, config.rollout.max_new_tokens, scorer.teacher)
         set_seed(config.seed)
-        model = load_model(config.student)
-        size = student_vocabulary(model, tokenizer)
+        with _refusing("student.model: "):
+            model = load_model(config.student)
+            size = student_vocabulary(model, tokenizer)
         candidates = config.teacher.candidates if scorer and config.teacher else 0
         sampler = TransformersSampler(
             model, tokenizer, config.rollout, vocabulary_size=size, candidates=candidates
@@ -106,8 +109,9 @@ def evaluate_only(config: RunConfig, folder: Path) -> dict[str, Any]:
         raise ConfigError("evaluation: is missing; add evaluation.prompts to the configuration")
     tokenizer = load_tokenizer(config.student.model)
     held_out = _held_out(config.evaluation, tokenizer, folder)
-    model = load_model(config.student)
-    size = student_vocabulary(model, tokenizer)
+    with _refusing("student.model: "):
+        model = load_model(config.student)
+        size = student_vocabulary(model, tokenizer)
     sampler = TransformersSampler(model, tokenizer, config.rollout, vocabulary_size=size, candidates=0)
     return _evaluator(config, config.evaluation, held_out, sampler)(0)
 
@@ -135,12 +139,21 @@ def _run(parts: Parts) -> dict[str, Any]:
             parts.exporter.close()
 
 
-def _problems(config: PromptsConfig, tokenizer: Any, folder: Path) -> _Problems:
+@contextlib.contextmanager
+def _refusing(field: str = "") -> Generator[None]:
+    """Turns a ValueError about the user's input into a ConfigError: nothing has been started yet."""
     try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{field}{error}") from error
+
+
+def _problems(config: PromptsConfig, tokenizer: Any, folder: Path) -> _Problems:
+    with _refusing():
         prompts = load_prompts(config, tokenizer, folder=folder)
         verifier = build_verifier(config.verifier, config, prompts, folder=folder)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     on_error = config.verifier.on_error
     return _Problems(
         prompts,

@@ -98,7 +98,7 @@ class Worker:
             end()
             if status == -signal.SIGALRM:
                 raise TimeoutError(f"it took longer than {self._timeout_s:g} s (timeout_s)") from None
-            raise WorkerError(f"its process ended with status {status} (negative: by that signal)") from None
+            raise WorkerError(f"the end of its process, status {status} (negative: by that signal)") from None
         except BaseException:
             end()  # interrupted between question and answer: the next question must not get this one's answer
             raise

@@ -15,6 +15,7 @@ import functools
 import importlib
 import inspect
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -124,13 +125,23 @@ def _reward(check: _Check, prompt: Prompt, answer: str, completion: str) -> floa
     except VerifierError:
         raise
     except Exception as error:
-        raise VerifierError(prompt.key, completion, f"it raised {type(error).__name__}: {error}") from error
-    if (
-        not isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating)
-        or not abs(value) <= sys.float_info.max
-    ):
+        # A worker's error already says what was raised over there.
+        what = str(error) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
+        raise VerifierError(prompt.key, completion, f"it failed with {what}") from error
+    reward = _finite(value)
+    if reward is None:
         raise VerifierError(prompt.key, completion, f"it returned {value!r}, not a finite number or a bool")
-    return float(value)
+    return reward
+
+
+def _finite(value: Any) -> float | None:
+    if not isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond what a float can hold
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _last_group(pattern: re.Pattern[str], text: str) -> str | None:

@@ -16,6 +16,11 @@ class Engine(Protocol):
         """What this engine serves and can do. Constant for its lifetime."""
         ...
 
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens admitted and neither scored nor withdrawn."""
+        ...
+
     async def score(self, task: ScoreTask) -> Scores:
         """Scores of one task. Raises `stillhouse.errors`.
 

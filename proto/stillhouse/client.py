@@ -1,29 +1,29 @@
 """The client of a pool of teachers: `TeacherClient` (blocking) and `AsyncTeacherClient` (asyncio).
 
-Who waits for whom: a call first waits for one of `max_in_flight` places, then goes to the address with
-the fewest calls outstanding. Its deadline runs from the moment it has its place and covers every retry. An
-address that turns out to be down is left alone for a moment (longer each time) while others are up. Only
-errors that the table in `stillhouse.errors` marks as retryable are sent again, after a random share of an
-exponential backoff, or after the delay the server asked for.
+Who waits for whom: a call first waits for one of `max_in_flight` places, then goes to the server that
+`stillhouse.pool` picks. Its deadline runs from the moment it has its place and covers every retry. Only
+errors that the table in `stillhouse.errors` marks as retryable are sent again: after a random share of an
+exponential backoff, on top of the delay the server asked for if it asked for one. Scoring is idempotent, so
+a retry can never be counted twice. Closing the client ends every call that still waits, wherever it waits,
+with `Cancelled`.
 
-Scoring is idempotent, so a retry can never be counted twice.
+A request is checked and copied before `score` or `submit_score` returns; the caller may reuse its arrays at
+once.
 """
 
 import asyncio
 import concurrent.futures
-import contextlib
-import random
-import threading
+import math
 import time
+import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from stillhouse.codec import (
     Scores,
@@ -33,65 +33,49 @@ from stillhouse.codec import (
     decode_teacher,
     encode_request,
 )
-from stillhouse.errors import DeadlineExceeded, StillhouseError, Unavailable, from_rpc_error
+from stillhouse.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    StillhouseError,
+    Unavailable,
+    WrongAnswer,
+    from_rpc_error,
+)
+from stillhouse.loop_thread import LoopThread
+from stillhouse.pool import CHANNEL_OPTIONS as CHANNEL_OPTIONS
+from stillhouse.pool import MAX_MESSAGE_BYTES as MAX_MESSAGE_BYTES
+from stillhouse.pool import Backoff, Pool
+from stillhouse.request import ScoreOptions, make_task
 from stillhouse.v1 import teacher_pb2 as pb
-from stillhouse.v1 import teacher_pb2_grpc as pb_grpc
 
 T = TypeVar("T")
 
-MAX_MESSAGE_BYTES = 256 * 2**20
 
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A server that hangs or vanishes is noticed in about 13 s. Without ping_timeout_ms gRPC waits 60 s
-    # whatever keepalive_timeout_ms says.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 3_000),
-    ("grpc.http2.ping_timeout_ms", 3_000),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.enable_retries", 0),  # ours know the error table; gRPC's own skip requests over 256 KiB
-)
+class ClientOptions(TypedDict, total=False):
+    """What a client takes besides addresses; see `AsyncTeacherClient`."""
 
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """Waits between attempts: uniform in 0 .. min(max_s, initial_s * 2^attempt) (full jitter)."""
-
-    initial_s: float = 0.1
-    max_s: float = 5.0
-
-    def delay_s(self, attempt: int) -> float:
-        return random.uniform(0.0, min(self.max_s, self.initial_s * 2.0 ** min(attempt, 30)))
-
-
-@dataclass(slots=True)
-class _Server:
-    """One address of the pool."""
-
-    address: str
-    stub: Any
-    channel: grpc.aio.Channel
-    in_flight: int = 0
-    failures: int = 0
-    resting_until_s: float = 0.0
+    model: str
+    max_in_flight: int
+    backoff: Backoff | None
+    credentials: grpc.ChannelCredentials | None
 
 
 @dataclass(slots=True)
 class ClientStats:
-    """What the client has done so far, for the metrics of whoever uses it."""
+    """What the client has done so far, for the metrics of whoever uses it. A call ends in one of
+    `answered`, `failures` and `cancelled`."""
 
     answered: int = 0
+    cancelled: int = 0  # by the caller, or by closing the client
     retries: Counter[str] = field(default_factory=Counter[str])  # by reason
     failures: Counter[str] = field(default_factory=Counter[str])  # by reason, after all retries
 
 
 class AsyncTeacherClient:
-    """Scores sequences with a pool of servers of one model. Use it from one event loop.
+    """Scores sequences with a pool of servers of one model. Use it from one event loop, and close it.
 
     addresses: "host:port" of every server. model: "" for the servers' only model.
-    max_in_flight: calls on the wire at once; further calls wait. credentials: None for plaintext.
+    max_in_flight: sequences on the wire at once; further calls wait. credentials: None for plaintext.
     """
 
     def __init__(
@@ -110,75 +94,56 @@ class AsyncTeacherClient:
         self._addresses = tuple(addresses)
         self._model = model
         self._backoff = backoff or Backoff()
-        self._credentials = credentials
         self._places = asyncio.Semaphore(max_in_flight)
-        self._servers: list[_Server] = []
+        self._pool = Pool(addresses, credentials)
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._closed = False
         self.stats = ClientStats()
 
-    async def score(
-        self,
-        token_ids: ArrayLike,
-        *,
-        score_start: int,
-        top_k: int,
-        candidate_ids: ArrayLike | None = None,
-        temperature: float = 1.0,
-        deadline_s: float = 30.0,
-        half_precision: bool = False,
-        expected_model_revision: str = "",
-        expected_vocabulary_digest: str = "",
-    ) -> Scores:
-        """Scores `token_ids[score_start:]` given everything before each of them.
+    def score(
+        self, token_ids: ArrayLike, *, score_start: int, top_k: int, **options: Unpack[ScoreOptions]
+    ) -> Coroutine[Any, Any, Scores]:
+        """Scores `token_ids[score_start:]` given everything before each of them. Await what it returns.
 
-        token_ids: int [L]. candidate_ids: int [L - score_start, M] or None. Log-probabilities come back in
-        nats over the whole vocabulary at `temperature`, as float32; `half_precision` sends the top-k and the
-        candidates as float16. `deadline_s` covers all retries of this call. Raises `stillhouse.errors`.
+        token_ids: int [L]. score_start: 1 .. L - 1. top_k: 0 or more. Options:
+        candidate_ids: int [L - score_start, M], ids to score at each position; default none.
+        temperature: default 1. Log-probabilities are in nats over the whole vocabulary at it, float32.
+        deadline_s: default 30, retries included.
+        half_precision: the top-k and the candidates travel as float16; default False.
+        expected_model_revision, expected_vocabulary_digest: what `get_teacher` promised; default not checked.
+
+        Raises ValueError for arguments that can never be right, when called; `stillhouse.errors` when
+        awaited.
         """
-        task = ScoreTask(
-            model=self._model,
-            token_ids=_int32(token_ids, "token_ids", 1),
-            score_start=score_start,
-            top_k=top_k,
-            candidate_ids=None if candidate_ids is None else _int32(candidate_ids, "candidate_ids", 2),
-            temperature=float(temperature),
-            expected_model_revision=expected_model_revision,
-            expected_vocabulary_digest=expected_vocabulary_digest,
-            half_precision=half_precision,
-        )
-        _check_score_start(task)
+        deadline_s = options.get("deadline_s", 30.0)
+        _check_deadline(deadline_s)
+        task = make_task(self._model, token_ids, score_start, top_k, options)
         request = encode_request(task)
-        async with self._places:
-            response = await self._call(lambda stub: stub.Score, request, deadline_s)
-        return decode_response(task, response)
+        return self._until_closed(lambda: self._score(task, request, deadline_s))
 
     async def get_teacher(self, *, deadline_s: float = 10.0) -> Teacher:
         """What the pool serves and what it can do. Raises `stillhouse.errors`."""
-        request = pb.GetTeacherRequest(model=self._model)
-        return decode_teacher(await self._call(lambda stub: stub.GetTeacher, request, deadline_s))
+        _check_deadline(deadline_s)
+        return await self._until_closed(lambda: self._get_teacher(deadline_s))
 
     async def wait_until_ready(
         self, *, deadline_s: float, on_wait: Callable[[float, StillhouseError], None] | None = None
     ) -> Teacher:
         """Asks until a server answers; `on_wait(elapsed_s, error)` is called after each failed try.
 
-        Raises the last error once `deadline_s` has passed, and at once one that waiting cannot cure.
+        Raises Unavailable once `deadline_s` has passed, and at once an error that waiting cannot cure.
         """
-        start_s = time.monotonic()
-        while True:
-            try:
-                return await self.get_teacher(deadline_s=min(3.0, deadline_s))
-            except (Unavailable, DeadlineExceeded) as error:
-                elapsed_s = time.monotonic() - start_s
-                if elapsed_s >= deadline_s:
-                    raise
-                if on_wait is not None:
-                    on_wait(elapsed_s, error)
-                await asyncio.sleep(min(0.5, max(0.0, deadline_s - elapsed_s)))
+        _check_deadline(deadline_s)
+        return await self._until_closed(lambda: self._wait_until_ready(deadline_s, on_wait))
 
     async def close(self) -> None:
-        """Closes the connections; calls in flight are cancelled."""
-        servers, self._servers = self._servers, []
-        await asyncio.gather(*(server.channel.close() for server in servers))
+        """Closes the connections. Calls that still wait raise Cancelled. Closing twice does nothing."""
+        self._closed = True
+        calls = tuple(self._calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await self._pool.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -188,119 +153,127 @@ class AsyncTeacherClient:
     ) -> None:
         await self.close()
 
-    async def _call(
-        self, method: Callable[[Any], Callable[..., Awaitable[T]]], request: Any, deadline_s: float
+    async def _until_closed(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Runs `work` as a task that `close` can cancel without cancelling the caller's own."""
+        if self._closed:
+            raise RuntimeError("the client is closed; make a new one")
+        call = asyncio.create_task(work())
+        self._calls.add(call)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if self._closed and not (caller and caller.cancelling()):
+                raise Cancelled("the client was closed while the call waited") from None
+            raise
+        finally:
+            self._calls.discard(call)
+
+    async def _score(self, task: ScoreTask, request: pb.ScoreRequest, deadline_s: float) -> Scores:
+        with _Counted(self.stats):
+            async with self._places:
+                response = await self._attempts(lambda stub: stub.Score, request, deadline_s)
+            return decode_response(task, response)
+
+    async def _get_teacher(self, deadline_s: float) -> Teacher:
+        with _Counted(self.stats):
+            request = pb.GetTeacherRequest(model=self._model)
+            return decode_teacher(await self._attempts(lambda stub: stub.GetTeacher, request, deadline_s))
+
+    async def _wait_until_ready(
+        self, deadline_s: float, on_wait: Callable[[float, StillhouseError], None] | None
+    ) -> Teacher:
+        start_s = time.monotonic()
+        while True:
+            try:
+                return await self._get_teacher(min(3.0, start_s + deadline_s - time.monotonic()))
+            except StillhouseError as error:
+                if not (error.retryable or isinstance(error, DeadlineExceeded)):
+                    raise
+                elapsed_s = time.monotonic() - start_s
+                if on_wait is not None:
+                    on_wait(elapsed_s, error)
+                if deadline_s - elapsed_s <= 0.5:
+                    raise Unavailable(
+                        f"no teacher is ready at {', '.join(self._addresses)} after {elapsed_s:.1f} s; "
+                        f"last answer: {error}"
+                    ) from error
+            await asyncio.sleep(0.5)
+
+    async def _attempts(
+        self, method: Callable[[Any], Callable[..., Awaitable[T | None]]], request: Any, deadline_s: float
     ) -> T:
-        """Sends `request` until it is answered, an error is final, or the deadline is over."""
+        """Sends `request` until it is answered, an error is final, or the deadline leaves no time."""
         end_s = time.monotonic() + deadline_s
         attempt = 0
         last: StillhouseError | None = None
         while True:
             remaining_s = end_s - time.monotonic()
             if remaining_s <= 0:
-                self.stats.failures[last.reason if last else DeadlineExceeded.reason] += 1
-                raise last or DeadlineExceeded(f"no answer within {deadline_s} s")
+                raise last or DeadlineExceeded(f"no answer within {deadline_s:g} s")
             try:
-                async with self._server() as server:
+                async with self._pool.server() as server:
                     answer = await method(server.stub)(request, timeout=remaining_s)
-                    self.stats.answered += 1
-                    return answer
+                if answer is None:  # what grpc.aio makes of bytes that it cannot parse
+                    raise WrongAnswer("the answer's bytes are not the message expected", field="message")
+                return answer
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
                 if isinstance(error, DeadlineExceeded) and last is not None:
                     # The last retry ran out of time: what made it necessary says more.
-                    error = DeadlineExceeded(f"no answer within {deadline_s} s; before that: {last}")
-                delay_s = (
-                    error.retry_delay_s if error.retry_delay_s is not None else self._backoff.delay_s(attempt)
-                )
+                    error = DeadlineExceeded(f"no answer within {deadline_s:g} s; before that: {last}")
+                # The random part also spreads the callers that one server sent away with the same delay.
+                delay_s = (error.retry_delay_s or 0.0) + self._backoff.delay_s(attempt)
                 if not error.retryable or time.monotonic() + delay_s >= end_s:
-                    self.stats.failures[error.reason] += 1
                     raise error from rpc_error
                 last = error
                 self.stats.retries[error.reason] += 1
                 attempt += 1
             await asyncio.sleep(delay_s)
 
-    @contextlib.asynccontextmanager
-    async def _server(self) -> AsyncGenerator[_Server]:
-        """The server with the fewest calls outstanding among those that are not resting."""
-        if not self._servers:
-            self._servers = [self._connect(address) for address in self._addresses]
-        now_s = time.monotonic()
-        awake = [server for server in self._servers if server.resting_until_s <= now_s]
-        if awake:
-            fewest = min(server.in_flight for server in awake)
-            server = random.choice([server for server in awake if server.in_flight == fewest])
-        else:
-            server = min(self._servers, key=lambda server: server.resting_until_s)
-        server.in_flight += 1
-        try:
-            yield server
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                server.failures += 1
-                server.resting_until_s = time.monotonic() + min(10.0, 0.25 * 2.0 ** min(server.failures, 10))
-            raise
-        else:
-            server.failures = 0
-            server.resting_until_s = 0.0
-        finally:
-            server.in_flight -= 1
-
-    def _connect(self, address: str) -> _Server:
-        if self._credentials is None:
-            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        else:
-            channel = grpc.aio.secure_channel(address, self._credentials, options=CHANNEL_OPTIONS)
-        return _Server(address, pb_grpc.TeacherServiceStub(channel), channel)
-
 
 class TeacherClient:
     """The same pool, blocking, with `submit_score` to keep many calls in flight. Safe from any thread.
 
     Takes the arguments of `AsyncTeacherClient`, which it runs on a thread of its own. Close it, or use it in
-    a `with` block.
+    a `with` block. Callbacks (`on_wait`, a future's) run on that thread and must not wait for the client.
     """
 
-    def __init__(self, addresses: Sequence[str], **options: Any) -> None:
-        self._loop = asyncio.new_event_loop()
+    def __init__(self, addresses: Sequence[str], **options: Unpack[ClientOptions]) -> None:
         self._client = AsyncTeacherClient(addresses, **options)
-        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("teacher-client")
+        # For a client that is dropped without being closed. Not at exit: the thread ends with the process.
+        dropped = weakref.finalize(self, self._thread.stop, self._client.close, join=False)
+        dropped.atexit = False
 
     @property
     def stats(self) -> ClientStats:
         """What the client has done so far."""
         return self._client.stats
 
-    def score(self, token_ids: ArrayLike, *, score_start: int, top_k: int, **options: Any) -> Scores:
+    def score(self, token_ids: ArrayLike, *, score_start: int, top_k: int, **options: Unpack[ScoreOptions]) -> Scores:
         """See `AsyncTeacherClient.score`."""
-        return self.submit_score(token_ids, score_start=score_start, top_k=top_k, **options).result()
+        return self._thread.wait(self._client.score(token_ids, score_start=score_start, top_k=top_k, **options))
 
     def submit_score(
-        self, token_ids: ArrayLike, *, score_start: int, top_k: int, **options: Any
+        self, token_ids: ArrayLike, *, score_start: int, top_k: int, **options: Unpack[ScoreOptions]
     ) -> concurrent.futures.Future[Scores]:
         """Starts a `score` and returns its future; calls beyond `max_in_flight` wait inside."""
-        return self._submit(self._client.score(token_ids, score_start=score_start, top_k=top_k, **options))
+        return self._thread.submit(self._client.score(token_ids, score_start=score_start, top_k=top_k, **options))
 
     def get_teacher(self, *, deadline_s: float = 10.0) -> Teacher:
         """See `AsyncTeacherClient.get_teacher`."""
-        return self._submit(self._client.get_teacher(deadline_s=deadline_s)).result()
+        return self._thread.wait(self._client.get_teacher(deadline_s=deadline_s))
 
     def wait_until_ready(
         self, *, deadline_s: float, on_wait: Callable[[float, StillhouseError], None] | None = None
     ) -> Teacher:
         """See `AsyncTeacherClient.wait_until_ready`."""
-        return self._submit(self._client.wait_until_ready(deadline_s=deadline_s, on_wait=on_wait)).result()
+        return self._thread.wait(self._client.wait_until_ready(deadline_s=deadline_s, on_wait=on_wait))
 
     def close(self) -> None:
-        """Closes the connections and stops the thread."""
-        if self._loop.is_closed():
-            return
-        self._submit(self._client.close()).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Closes the connections and ends the thread. Calls that still wait raise Cancelled."""
+        self._thread.stop(self._client.close)
 
     def __enter__(self) -> Self:
         return self
@@ -310,30 +283,27 @@ class TeacherClient:
     ) -> None:
         self.close()
 
-    def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+class _Counted:
+    """Counts how the call inside the `with` block ends."""
+
+    def __init__(self, stats: ClientStats) -> None:
+        self._stats = stats
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if value is None:
+            self._stats.answered += 1
+        elif isinstance(value, StillhouseError):
+            self._stats.failures[value.reason] += 1
+        elif isinstance(value, asyncio.CancelledError):
+            self._stats.cancelled += 1
 
 
-def _int32(values: ArrayLike, name: str, ndim: int) -> NDArray[np.int32]:
-    array = np.asarray(values)
-    if array.ndim != ndim or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} has shape {array.shape} and dtype {array.dtype}; give {ndim}-dimensional integers"
-        )
-    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
-        raise ValueError(f"{name} holds {array.min()} .. {array.max()}; ids are 0 .. 2^31 - 1")
-    return array.astype(np.int32, copy=False)
-
-
-def _check_score_start(task: ScoreTask) -> None:
-    if not 1 <= task.score_start < len(task.token_ids):
-        raise ValueError(
-            f"score_start is {task.score_start}; with {len(task.token_ids)} tokens it must be "
-            f"1 .. {len(task.token_ids) - 1}"
-        )
-    if task.top_k < 0:
-        raise ValueError(f"top_k is {task.top_k}; it must be 0 or more")
-    if task.candidate_ids is not None and len(task.candidate_ids) != task.num_scored:
-        raise ValueError(
-            f"candidate_ids has {len(task.candidate_ids)} rows; the response has {task.num_scored} tokens"
-        )
+def _check_deadline(deadline_s: float) -> None:
+    if not math.isfinite(deadline_s):
+        raise ValueError(f"deadline_s is {deadline_s}; give a finite number of seconds")

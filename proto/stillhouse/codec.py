@@ -56,10 +56,13 @@ class ScoreTask:
 
     @property
     def response_bytes(self) -> int:
-        """Size of the answer's arrays in bytes (the message adds a few hundred)."""
+        """Upper estimate of the answer's size on the wire: its arrays and 512 bytes for all else.
+
+        Holds as long as the model's name and revision take less than 200 bytes together.
+        """
         logprob_bytes = 2 if self.half_precision else 4
         per_row = self.top_k * (4 + logprob_bytes) + self.num_candidates * logprob_bytes + 5 * 4
-        return self.num_scored * per_row
+        return self.num_scored * per_row + 512
 
     def digest(self) -> bytes:
         """SHA-256 over what was asked, as `Echo.request_digest` defines it."""
@@ -142,9 +145,11 @@ def decode_array(message: pb.Array, *, field: str, dtypes: tuple[str, ...], ndim
     if dtype is None or dtype.name not in dtypes:
         name = dtype.name if dtype is not None else f"element type {message.dtype}"
         raise MalformedArray(f"{field} is {name}; send {' or '.join(dtypes)}", field=field, value=name)
+    if len(message.shape) != ndim:
+        raise MalformedArray(
+            f"{field} has {len(message.shape)} dimensions; send {ndim}", field=field, value=len(message.shape)
+        )
     shape = tuple(message.shape)
-    if len(shape) != ndim:
-        raise MalformedArray(f"{field} has shape {shape}; send {ndim} dimension(s)", field=field, value=shape)
     expected = math.prod(shape) * dtype.itemsize
     if len(message.data) != expected:
         raise MalformedArray(
@@ -167,7 +172,7 @@ def encode_request(task: ScoreTask) -> pb.ScoreRequest:
         expected_vocabulary_digest=task.expected_vocabulary_digest,
         logprob_dtype=pb.ELEMENT_TYPE_FLOAT16 if task.half_precision else pb.ELEMENT_TYPE_FLOAT32,
     )
-    if task.candidate_ids is not None:
+    if task.candidate_ids is not None and task.num_candidates:
         request.candidate_ids.CopyFrom(encode_array(task.candidate_ids))
     return request
 
@@ -198,8 +203,10 @@ def decode_request(request: pb.ScoreRequest) -> ScoreTask:
 
 
 def encode_response(task: ScoreTask, scores: Scores) -> pb.ScoreResponse:
-    """Message of the answer to `task`."""
-    wire = np.float16 if task.half_precision else np.float32
+    """Message of the answer to `task`.
+
+    As float16 a log-probability under -65504 becomes -inf; both are probability zero in any format.
+    """
     response = pb.ScoreResponse(
         sampled_logprobs=encode_array(scores.sampled_logprobs),
         log_tail=encode_array(scores.log_tail),
@@ -220,63 +227,81 @@ def encode_response(task: ScoreTask, scores: Scores) -> pb.ScoreResponse:
     )
     if task.top_k:
         response.top_ids.CopyFrom(encode_array(scores.top_ids))
-        response.top_logprobs.CopyFrom(encode_array(scores.top_logprobs.astype(wire, copy=False)))
-    if scores.candidate_logprobs is not None:
-        response.candidate_logprobs.CopyFrom(encode_array(scores.candidate_logprobs.astype(wire, copy=False)))
+        response.top_logprobs.CopyFrom(_encode_logprobs(task, scores.top_logprobs))
+    if task.num_candidates:
+        assert scores.candidate_logprobs is not None
+        response.candidate_logprobs.CopyFrom(_encode_logprobs(task, scores.candidate_logprobs))
     return response
 
 
-def decode_response(task: ScoreTask, response: pb.ScoreResponse) -> Scores:
-    """The answer as arrays. Raises WrongAnswer if it is not the answer to `task`.
+def _encode_logprobs(task: ScoreTask, logprobs: FloatArray) -> pb.Array:
+    with np.errstate(over="ignore"):
+        return encode_array(logprobs.astype(np.float16 if task.half_precision else np.float32, copy=False))
 
-    Checked: the request digest, the pinned revision, every shape, and that no value is NaN.
+
+def decode_response(task: ScoreTask, response: pb.ScoreResponse) -> Scores:
+    """The answer as arrays. Raises WrongAnswer, naming the field, if it is not the answer to `task`.
+
+    Checked: the echo, every element type and shape, and that no value is NaN or +inf. float32 arrays are
+    read-only views of the message.
     """
-    echo = response.echo
+    _check_echo(task, response.echo)
+    rows, k, m = task.num_scored, task.top_k, task.num_candidates
+    logprob = "float16" if task.half_precision else "float32"
+    candidate_logprobs = None if task.candidate_ids is None else np.empty((rows, 0), np.float32)
+    if m:
+        candidate_logprobs = _floats(response.candidate_logprobs, "candidate_logprobs", logprob, (rows, m))
+    return Scores(
+        top_ids=_result(response.top_ids, "top_ids", "int32", (rows, k)) if k else np.empty((rows, 0), np.int32),
+        top_logprobs=_floats(response.top_logprobs, "top_logprobs", logprob, (rows, k))
+        if k
+        else np.empty((rows, 0), np.float32),
+        sampled_logprobs=_floats(response.sampled_logprobs, "sampled_logprobs", "float32", (rows,)),
+        candidate_logprobs=candidate_logprobs,
+        log_tail=_floats(response.log_tail, "log_tail", "float32", (rows,)),
+        log_support_tail=_floats(response.log_support_tail, "log_support_tail", "float32", (rows,)),
+        entropy=_floats(response.entropy, "entropy", "float32", (rows,)),
+        log_normalizer=_floats(response.log_normalizer, "log_normalizer", "float32", (rows,)),
+        model=response.echo.model,
+        model_revision=response.echo.model_revision,
+        temperature=response.echo.temperature,
+        queue_wait_ms=response.timings.queue_wait_ms,
+        engine_ms=response.timings.engine_ms,
+        batch_sequences=response.timings.batch_sequences,
+    )
+
+
+def _check_echo(task: ScoreTask, echo: pb.Echo) -> None:
     if echo.request_digest != task.digest():
         raise WrongAnswer("the answer's request digest is not this request's", field="request_digest")
+    if task.model and echo.model != task.model:
+        raise WrongAnswer(f"the answer was made by model {echo.model!r}, not {task.model!r}", field="model")
     if task.expected_model_revision and echo.model_revision != task.expected_model_revision:
         raise WrongAnswer(
-            f"the answer was made by revision {echo.model_revision!r}, not the pinned "
-            f"{task.expected_model_revision!r}",
+            f"the answer was made by revision {echo.model_revision!r}, not the pinned {task.expected_model_revision!r}",
             field="model_revision",
         )
-    rows, k, m = task.num_scored, task.top_k, task.num_candidates
-    floats = ("float32", "float16")
-    try:
-        return Scores(
-            top_ids=_result(response.top_ids, "top_ids", ("int32",), (rows, k))
-            if k
-            else np.empty((rows, 0), np.int32),
-            top_logprobs=_result(response.top_logprobs, "top_logprobs", floats, (rows, k))
-            if k
-            else np.empty((rows, 0), np.float32),
-            sampled_logprobs=_result(response.sampled_logprobs, "sampled_logprobs", ("float32",), (rows,)),
-            candidate_logprobs=None
-            if task.candidate_ids is None
-            else _result(response.candidate_logprobs, "candidate_logprobs", floats, (rows, m)),
-            log_tail=_result(response.log_tail, "log_tail", ("float32",), (rows,)),
-            log_support_tail=_result(response.log_support_tail, "log_support_tail", ("float32",), (rows,)),
-            entropy=_result(response.entropy, "entropy", ("float32",), (rows,)),
-            log_normalizer=_result(response.log_normalizer, "log_normalizer", ("float32",), (rows,)),
-            model=echo.model,
-            model_revision=echo.model_revision,
-            temperature=echo.temperature,
-            queue_wait_ms=response.timings.queue_wait_ms,
-            engine_ms=response.timings.engine_ms,
-            batch_sequences=response.timings.batch_sequences,
+    if echo.temperature != task.temperature:
+        raise WrongAnswer(
+            f"the answer was made at temperature {echo.temperature}, not {task.temperature}",
+            field="temperature",
         )
+
+
+def _result(message: pb.Array, field: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        array = decode_array(message, field=field, dtypes=(dtype,), ndim=len(shape))
     except MalformedArray as error:
-        raise WrongAnswer(f"the answer is malformed: {error.message}", field=error.fields["field"]) from error
-
-
-def _result(message: pb.Array, field: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> NDArray[Any]:
-    array = decode_array(message, field=field, dtypes=dtypes, ndim=len(shape))
+        raise WrongAnswer(f"the answer is malformed: {error.message}", field=field) from error
     if array.shape != shape:
         raise WrongAnswer(f"{field} has shape {array.shape}; expected {shape}", field=field)
-    if array.dtype.kind != "f":
-        return array
-    if np.isnan(array).any():
-        raise WrongAnswer(f"{field} contains NaN", field=field)
+    return array
+
+
+def _floats(message: pb.Array, field: str, dtype: str, shape: tuple[int, ...]) -> FloatArray:
+    array = _result(message, field, dtype, shape)
+    if not (array < np.inf).all():
+        raise WrongAnswer(f"{field} contains NaN or +inf", field=field)
     return array.astype(np.float32, copy=False)
 
 
@@ -286,5 +311,8 @@ def encode_teacher(teacher: Teacher) -> pb.GetTeacherResponse:
 
 
 def decode_teacher(response: pb.GetTeacherResponse) -> Teacher:
-    """A server's description."""
+    """A server's description. Raises WrongAnswer if it lacks what every server has."""
+    for field in ("model", "model_revision", "vocabulary_size", "max_sequence_tokens"):
+        if not getattr(response, field):  # an empty revision would pin nothing
+            raise WrongAnswer(f"the server does not say its {field}", field=field)
     return Teacher(**{name: getattr(response, name) for name in Teacher.__dataclass_fields__})

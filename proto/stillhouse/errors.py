@@ -21,7 +21,7 @@ caller to come again carry `google.rpc.RetryInfo`.
 | `OutOfMemory`         | RESOURCE_EXHAUSTED  | `OUT_OF_MEMORY`           | no |
 | `Unavailable`         | UNAVAILABLE         | `UNAVAILABLE`             | yes |
 | `DeadlineExceeded`    | DEADLINE_EXCEEDED   | `DEADLINE_EXCEEDED`       | no |
-| `Cancelled`           | CANCELLED           | `CANCELLED`               | no |
+| `Cancelled`           | CANCELLED           | `CANCELLED`               | yes |
 | `NonFiniteScores`     | DATA_LOSS           | `NON_FINITE_SCORES`       | no |
 | `WrongAnswer`         | DATA_LOSS           | `WRONG_ANSWER`            | no |
 | `EngineFailed`        | INTERNAL            | `ENGINE_FAILED`           | no |
@@ -32,11 +32,16 @@ from typing import Any, ClassVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2  # pyright: ignore[reportMissingTypeStubs]
 from grpc_status import rpc_status
 
 DOMAIN = "stillhouse"
 _DETAILS_KEY = "grpc-status-details-bin"
+# An error quotes what the caller sent. gRPC refuses trailing metadata over 8 KiB, and the message travels
+# twice, once with up to three bytes for each of its own.
+_MAX_MESSAGE_BYTES = 1000
+_MAX_FIELD_BYTES = 200
 
 
 class StillhouseError(Exception):
@@ -158,10 +163,14 @@ class DeadlineExceeded(StillhouseError, TimeoutError):
 
 
 class Cancelled(StillhouseError):
-    """The call was cancelled."""
+    """Somebody other than the caller ended the call: a stopping server, a proxy, or closing the client.
+
+    A caller that cancels its own call sees `asyncio.CancelledError` or `concurrent.futures.CancelledError`.
+    """
 
     code = grpc.StatusCode.CANCELLED
     reason = "CANCELLED"
+    retryable = True
 
 
 class NonFiniteScores(StillhouseError, ArithmeticError):
@@ -211,7 +220,8 @@ _BY_BARE_CODE: dict[grpc.StatusCode, type[StillhouseError]] = {
 
 def to_grpc_status(error: StillhouseError) -> Any:
     """The gRPC status (code, details, trailing metadata) that carries `error` over the wire."""
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.fields)
+    fields = {name: _cut(value, _MAX_FIELD_BYTES) for name, value in error.fields.items()}
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=fields)
     details = [any_pb2.Any()]
     details[0].Pack(info)
     if error.retry_delay_s is not None:
@@ -219,7 +229,8 @@ def to_grpc_status(error: StillhouseError) -> Any:
         delay.FromMilliseconds(round(error.retry_delay_s * 1000))
         details.append(any_pb2.Any())
         details[1].Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=error.code.value[0], message=error.message, details=details)
+    message = _cut(error.message, _MAX_MESSAGE_BYTES)
+    status = status_pb2.Status(code=error.code.value[0], message=message, details=details)
     return rpc_status.to_status(status)  # pyright: ignore[reportUnknownMemberType]
 
 
@@ -228,17 +239,34 @@ def from_rpc_error(error: grpc.RpcError) -> StillhouseError:
     call: Any = error
     code: grpc.StatusCode = call.code()
     text = call.details() or code.name
-    info = error_details_pb2.ErrorInfo()
-    retry = error_details_pb2.RetryInfo()
-    for key, value in call.trailing_metadata() or ():
-        if key == _DETAILS_KEY:
-            for detail in status_pb2.Status.FromString(value).details:
-                # Unpack leaves the message alone if the detail is of another type.
-                detail.Unpack(info)
-                detail.Unpack(retry)
-    delay_s = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
+    info, retry = _details(call.trailing_metadata())
     if info.domain == DOMAIN and info.reason in BY_REASON:
-        return BY_REASON[info.reason](text, retry_delay_s=delay_s, **dict(info.metadata))
+        found = BY_REASON[info.reason](text)
+        found.fields = dict(info.metadata)
+        if retry.HasField("retry_delay"):
+            found.retry_delay_s = retry.retry_delay.ToMilliseconds() / 1000
+        return found
     kind = _BY_BARE_CODE.get(code, TransportFailed)
     message = f"{code.name}: {text}" if kind is TransportFailed else text
     return kind(message, grpc_code=code.name)
+
+
+def _details(metadata: Any) -> tuple[error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo]:
+    """ErrorInfo and RetryInfo of a call's trailing metadata; empty where there is none."""
+    info = error_details_pb2.ErrorInfo()
+    retry = error_details_pb2.RetryInfo()
+    for key, value in metadata or ():
+        if key == _DETAILS_KEY:
+            try:
+                for detail in status_pb2.Status.FromString(value).details:
+                    # Unpack leaves the message alone if the detail is of another type.
+                    detail.Unpack(info)
+                    detail.Unpack(retry)
+            except DecodeError:  # made by something that is no stillhouse server: a bare status
+                return error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    return info, retry
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    encoded = text.encode("utf-8", "replace")
+    return encoded.decode() if len(encoded) <= max_bytes else encoded[:max_bytes].decode(errors="ignore") + "..."

@@ -34,7 +34,9 @@ def make_sample(
         sampled_logprobs=table[np.arange(n), rollout.response_ids],
         candidate_logprobs=np.take_along_axis(table, asked, 1),
         log_tail=np.zeros(n, np.float32),
-        log_support_tail=np.array([np.log1p(-np.exp(table[i, ids]).sum()) for i, ids in enumerate(support)], np.float32),
+        log_support_tail=np.array(
+            [np.log1p(-np.exp(table[i, ids]).sum()) for i, ids in enumerate(support)], np.float32
+        ),
         entropy=np.ones(n, np.float32),
         log_normalizer=np.zeros(n, np.float32),
     )
@@ -46,7 +48,11 @@ def _pack(samples: list[Sample]):
     return pack(samples, weights, eos_ids={9}, pad_id=0)
 
 
-SAMPLES = [make_sample([1, 2, 3], [4, 5, 9], seed=1), make_sample([7], [8, 9], seed=2), make_sample([1] * 5, [6], seed=3)]
+SAMPLES = [
+    make_sample([1, 2, 3], [4, 5, 9], seed=1),
+    make_sample([7], [8, 9], seed=2),
+    make_sample([1] * 5, [6], seed=3),
+]
 
 
 def test_each_row_is_the_token_before_its_target():

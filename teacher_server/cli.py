@@ -1,0 +1,38 @@
+"""Entry point of `teacher-server`."""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from teacher_server.options import OptionError, parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until SIGTERM or SIGINT. Exit codes: 0 stopped, 1 could not load or serve, 2 wrong option."""
+    options = parse(argv)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=options.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    # From here on it takes seconds: torch, transformers and grpc.
+    from teacher_server.run import run
+
+    try:
+        run(options)
+    except OptionError as error:
+        print(f"teacher-server: error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        # Whatever a library says of a damaged model, on one line; the traceback is for --log-level debug.
+        logging.getLogger(__name__).debug("could not serve", exc_info=True)
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"teacher-server: error: cannot serve {options.model}: {cause}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

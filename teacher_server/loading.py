@@ -1,0 +1,154 @@
+"""From a model directory to a model that can score."""
+
+import hashlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from lm_head import LMHead, backbone_of, check_head, head_of, usable_vocabulary
+from stillhouse.codec import Teacher
+from stillhouse.vocabulary import vocabulary_digest
+from teacher_server.options import OptionError, Options, server_version
+
+logger = logging.getLogger(__name__)
+
+MIN_TEMPERATURE = 0.01
+MAX_TEMPERATURE = 100.0
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model ready to score, and what its server says about it."""
+
+    backbone: nn.Module  # token ids [B, L] -> last_hidden_state [B, L, d]
+    head: LMHead  # float32, vocabulary_size rows
+    device: torch.device
+    teacher: Teacher
+
+
+def load_model(options: Options) -> ServedModel:
+    """Loads the model that `options` names.
+
+    Raises OptionError if an option does not fit the machine or the model, OSError or ValueError if the
+    directory does not hold a model that can be scored.
+    """
+    started_s = time.monotonic()
+    device = _device(options.device)
+    config = transformers.AutoConfig.from_pretrained(options.model, local_files_only=True)
+    dtype = compute_dtype(options.dtype, config, device)
+    max_sequence_tokens = _max_sequence_tokens(options, config)
+    tokenizer = _load_tokenizer(options.model)
+    revision = options.revision or digest_model(options.model)
+    logger.info("loading model=%s dtype=%s device=%s", options.model, dtype, device)
+    model = _load_weights(options.model, config, dtype).to(device).eval().requires_grad_(False)
+    vocabulary_size = options.vocabulary_size or usable_vocabulary(model, tokenizer)
+    check_head(model)
+    head = _float32_head(head_of(model, vocabulary_size))
+    teacher = Teacher(
+        model=options.name,
+        model_revision=revision,
+        vocabulary_size=vocabulary_size,
+        vocabulary_digest=vocabulary_digest(tokenizer.get_vocab()) if tokenizer is not None else "",
+        max_sequence_tokens=max_sequence_tokens,
+        max_top_k=min(options.max_top_k, vocabulary_size),
+        max_candidates=options.max_candidates,
+        min_temperature=MIN_TEMPERATURE,
+        max_temperature=MAX_TEMPERATURE,
+        max_response_bytes=options.max_response_bytes,
+        compute_dtype=str(dtype).removeprefix("torch."),
+        engine="torch",
+        server_version=server_version(),
+    )
+    logger.info("loaded seconds=%.1f %s", time.monotonic() - started_s, teacher)
+    return ServedModel(backbone_of(model), head, device, teacher)
+
+
+def compute_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+    """What `--dtype name` means for a model of this configuration on this device."""
+    if name != "auto":
+        return getattr(torch, name)
+    # A CPU computes in half precision slowly, and its scores would be worse.
+    stored = config.get_text_config().dtype
+    return stored if stored is not None and device.type == "cuda" else torch.float32
+
+
+def digest_model(directory: Path) -> str:
+    """SHA-256 (hex) over name, size and content of config.json and every safetensors file."""
+    digest = hashlib.sha256()
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    total = sum(path.stat().st_size for path in files)
+    logger.info("revision: reading bytes=%d (give --revision to skip this)", total)
+    done, reported_s = 0, time.monotonic()
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+                done += len(block)
+                if time.monotonic() - reported_s > 10:
+                    logger.info("revision: read bytes=%d of=%d", done, total)
+                    reported_s = time.monotonic()
+    return digest.hexdigest()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"--device {name!r}: give auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; give another")
+    return device
+
+
+def _max_sequence_tokens(options: Options, config: Any) -> int:
+    allowed = getattr(config.get_text_config(), "max_position_embeddings", None)
+    asked = options.max_sequence_tokens
+    if allowed is None and asked is None:
+        raise OptionError("--max-sequence-tokens is not given, and config.json has no max_position_embeddings")
+    if allowed is not None and asked is not None and asked > allowed:
+        raise OptionError(f"--max-sequence-tokens {asked}: the model's positions end at {allowed}; give at most that")
+    return asked if asked is not None else int(allowed)  # pyright: ignore[reportArgumentType]
+
+
+def _load_tokenizer(directory: Path) -> Any | None:
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        logger.warning("no tokenizer in %s: ids are all rows of the head, and clients cannot check them", directory)
+        return None
+    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def _load_weights(directory: Path, config: Any, dtype: torch.dtype) -> Any:
+    # Only eager attention caps its logits (Gemma 2); the others would score another model.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(  # pyright: ignore
+        directory,
+        dtype=dtype,
+        local_files_only=True,
+        output_loading_info=True,
+        attn_implementation="eager" if capped else None,
+    )
+    # transformers fills what is missing with random numbers and a warning.
+    missing = sorted([*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])])
+    if missing:
+        raise ValueError(
+            f"the weights lack {len(missing)} of the model's tensors or have them in another shape, "
+            f"first {missing[0]}; save or download the model again"
+        )
+    return model
+
+
+def _float32_head(head: LMHead) -> LMHead:
+    if head.weight.dtype == torch.float32:
+        return head
+    logger.info("float32 copy of the head: bytes=%d", 4 * head.weight.numel())
+    return LMHead(head.weight.float(), head.bias.float() if head.bias is not None else None, head.scale, head.softcap)

@@ -1,0 +1,213 @@
+"""Command line of `teacher-server`, and every check that needs neither torch nor the weights.
+
+Nothing heavy is imported here: `--help` and a wrong option answer at once.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+MAX_RESPONSE_BYTES = 255 * 2**20
+"""What a client's receive limit of 256 MiB leaves for the arrays of an answer."""
+
+
+class OptionError(ValueError):
+    """An option is wrong; the message names option, value and fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the operator asked for."""
+
+    engine: str
+    model: Path
+    name: str
+    revision: str  # "": digest of the files
+    listen: str
+    metrics_port: int
+    dtype: str
+    device: str
+    vocabulary_size: int | None
+    max_sequence_tokens: int | None
+    max_top_k: int
+    max_candidates: int
+    max_batch_tokens: int
+    max_queue_tokens: int
+    max_response_bytes: int
+    logits_slice_bytes: int
+    drain_s: float
+    log_level: str
+
+    @property
+    def host(self) -> str:
+        """Host part of `listen`, without the brackets of an IPv6 address."""
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """Port part of `listen`."""
+        return int(self.listen.rpartition(":")[2])
+
+
+def server_version() -> str:
+    """Version of the installed distribution, or "source" when it runs from a checkout."""
+    try:
+        return importlib.metadata.version("stillhouse")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+def parse(argv: Sequence[str] | None = None) -> Options:
+    """The options of a command line. A wrong one ends the program with code 2 and one message."""
+    parser = build_parser()
+    arguments = vars(parser.parse_args(argv))
+    arguments["name"] = arguments["name"] or arguments["model"].resolve().name
+    options = Options(**arguments)
+    try:
+        check(options)
+    except OptionError as error:
+        parser.error(str(error))
+    return options
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the default of an option that has one and whose help does not explain it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; its help is the reference of the options."""
+    parser = argparse.ArgumentParser(
+        prog="teacher-server",
+        usage="teacher-server --model DIR [options]",
+        description="Serves one causal language model as a teacher: scores token sequences over gRPC.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"teacher-server {server_version()}")
+
+    add = parser.add_argument_group("what is served").add_argument
+    add("--engine", default="torch", help="what computes the scores: torch")
+    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory with safetensors")
+    add("--name", default="", help="model name in requests (default: the directory's name)")
+    add("--revision", default="", help="revision to announce (default: SHA-256 of configuration and weights)")
+    add("--dtype", default="auto", help=f"{', '.join(DTYPES)}; auto: as stored on a GPU, float32 on a CPU")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto: cuda if there is one")
+    add("--vocabulary-size", type=int, metavar="N", help="ids that exist (default: the tokenizer's)")
+
+    add = parser.add_argument_group("where").add_argument
+    add("--listen", default="127.0.0.1:50051", metavar="HOST:PORT", help="port 0 picks a free one")
+    add("--metrics-port", type=int, default=9464, metavar="PORT", help="Prometheus, on the same host; 0 picks")
+
+    add = parser.add_argument_group("limits").add_argument
+    add("--max-sequence-tokens", type=int, metavar="N", help="longest sequence (default: the model's longest)")
+    add("--max-top-k", type=int, default=256, metavar="N", help="largest top_k")
+    add("--max-candidates", type=int, default=256, metavar="N", help="most candidates a position")
+    add("--max-batch-tokens", type=int, default=8192, metavar="N", help="tokens of a batch, with padding")
+    add("--max-queue-tokens", type=int, default=2**20, metavar="N", help="tokens admitted and not yet scored")
+    add("--max-response-bytes", type=int, default=128 * 2**20, metavar="N", help="largest answer, bytes")
+    add(
+        "--logits-slice-bytes",
+        type=int,
+        default=256 * 2**20,
+        metavar="N",
+        help="float32 logits held at once, bytes; about three times as much is in use at the peak",
+    )
+
+    add = parser.add_argument_group("running").add_argument
+    add(
+        "--drain-s",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="time for admitted work after SIGTERM, seconds",
+    )
+    add("--log-level", default="info", help=", ".join(LOG_LEVELS))
+    return parser
+
+
+def check(options: Options) -> None:
+    """Raises OptionError for what can be seen to be wrong without loading anything."""
+    if options.engine == "vllm":
+        raise OptionError("--engine vllm: this version has no vllm engine; use --engine torch")
+    _check_choice("--engine", options.engine, ("torch",))
+    _check_choice("--dtype", options.dtype, DTYPES)
+    _check_choice("--log-level", options.log_level, LOG_LEVELS)
+    _check_model_directory(options.model)
+    if not options.name or any(character.isspace() for character in options.name):
+        raise OptionError(f"--name {options.name!r}: give a name without white space")
+    if len((options.name + options.revision).encode()) > 190:  # answers repeat both
+        raise OptionError(f"--name {options.name} --revision {options.revision}: give at most 190 bytes together")
+    for option, value, smallest in (
+        ("--vocabulary-size", options.vocabulary_size, 1),
+        ("--max-sequence-tokens", options.max_sequence_tokens, 2),
+        ("--max-top-k", options.max_top_k, 0),
+        ("--max-candidates", options.max_candidates, 0),
+        ("--max-batch-tokens", options.max_batch_tokens, 1),
+        ("--max-queue-tokens", options.max_queue_tokens, 1),
+        ("--logits-slice-bytes", options.logits_slice_bytes, 1),
+    ):
+        if value is not None and value < smallest:
+            raise OptionError(f"{option} {value}: give {smallest} or more")
+    if not 1 <= options.max_response_bytes <= MAX_RESPONSE_BYTES:
+        raise OptionError(
+            f"--max-response-bytes {options.max_response_bytes}: give 1 .. {MAX_RESPONSE_BYTES}, "
+            "the most that clients receive"
+        )
+    if not 0 <= options.drain_s <= 86_400:
+        raise OptionError(f"--drain-s {options.drain_s}: give 0 .. 86400 seconds")
+    _check_addresses(options)
+
+
+def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise OptionError(f"{option} {value!r}: choose from {', '.join(choices)}")
+
+
+def _check_model_directory(model: Path) -> None:
+    if not model.is_dir():
+        raise OptionError(f"--model {model}: no such directory; give a Hugging Face model directory")
+    config = model / "config.json"
+    if not config.is_file():
+        raise OptionError(f"--model {model}: it has no config.json; give the directory that save_pretrained wrote")
+    try:
+        is_object = isinstance(json.loads(config.read_text()), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise OptionError(f"--model {model}: its config.json is not a JSON object; save or download it again")
+    if not any(model.glob("*.safetensors")):
+        raise OptionError(f"--model {model}: it has no *.safetensors file; save the model with save_pretrained")
+
+
+def _check_addresses(options: Options) -> None:
+    host, separator, port = options.listen.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65_535:
+        raise OptionError(f"--listen {options.listen!r}: give HOST:PORT, for example 127.0.0.1:50051")
+    if not 0 <= options.metrics_port <= 65_535:
+        raise OptionError(f"--metrics-port {options.metrics_port}: give 0 .. 65535")
+    if options.metrics_port == options.port != 0:
+        raise OptionError(f"--metrics-port {options.metrics_port}: --listen has this port; give another")
+    for option, value, number in (
+        ("--listen", options.listen, options.port),
+        ("--metrics-port", options.metrics_port, options.metrics_port),
+    ):
+        # Binding and letting go again: minutes of loading should not end at a port that is taken.
+        try:
+            family, _, _, _, address = socket.getaddrinfo(options.host, number, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                probe.listen(1)
+        except OSError as error:
+            raise OptionError(f"{option} {value}: cannot listen there ({error}); give a free port") from None

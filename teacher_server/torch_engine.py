@@ -1,0 +1,233 @@
+"""Scores with a Hugging Face causal LM in this process, on a CPU or a GPU.
+
+Who waits for whom: `score` (event loop) puts a task into the queue, or refuses it if the queue holds
+`max_queue_tokens` already, and awaits its future. One worker thread owns the model; whenever it is idle it
+takes the oldest task and those that fit it best (`batching.pick_batch`) and scores them. A task cancelled
+before that moment leaves the queue at once and never reaches the model.
+
+A failure belongs to its batch: out of memory halves the batch until it fits; any other exception fails the
+tasks of the batch and the worker goes on.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from stillhouse.codec import Scores, ScoreTask, Teacher
+from stillhouse.errors import OutOfMemory, Overloaded, StillhouseError, Unavailable
+from teacher_server.batching import pick_batch
+from teacher_server.failures import engine_failed
+from teacher_server.loading import ServedModel
+from teacher_server.scoring import score_tasks
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """One batch that was scored, for the metrics."""
+
+    sequences: int
+    tokens: int
+    padded_tokens: int
+    engine_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    task: ScoreTask
+    arrived_s: float
+
+
+Future = concurrent.futures.Future[Scores]
+
+
+class TorchEngine:
+    """See the module's text. Make it anywhere, use it from one event loop.
+
+    on_batch is called on the worker thread after each batch.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        *,
+        max_batch_tokens: int,
+        max_queue_tokens: int,
+        logits_slice_bytes: int,
+        on_batch: Callable[[BatchReport], None],
+    ) -> None:
+        self._model = model
+        self._max_batch_tokens = max_batch_tokens
+        self._max_queue_tokens = max_queue_tokens
+        self._logits_slice_bytes = logits_slice_bytes
+        self._on_batch = on_batch
+        self._changed = threading.Condition()  # guards everything below
+        self._queue: dict[Future, _Waiting] = {}  # oldest first
+        self._running: list[Future] = []
+        self._pending_tokens = 0
+        self._tokens_per_s = 0.0  # of recent batches
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="torch-engine", daemon=True)
+        self._thread.start()
+
+    def describe(self) -> Teacher:
+        """What this engine serves and can do."""
+        return self._model.teacher
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens admitted and neither scored nor withdrawn."""
+        return self._pending_tokens
+
+    async def score(self, task: ScoreTask) -> Scores:
+        """Scores of one task. Raises Overloaded, OutOfMemory, NonFiniteScores, EngineFailed, Unavailable."""
+        return await asyncio.wrap_future(self._submit(task))
+
+    async def close(self) -> None:
+        """Fails all work not yet done with Unavailable, and waits a moment for the batch that is running."""
+        with self._changed:
+            self._closed = True
+            left = [*self._queue, *self._running]
+            self._queue.clear()
+            self._changed.notify()
+        for future in left:
+            _fail(future, Unavailable("the server is stopping"))
+        await asyncio.to_thread(self._thread.join, 5.0)
+
+    def _submit(self, task: ScoreTask) -> Future:
+        tokens = len(task.token_ids)
+        future = Future()
+        with self._changed:
+            if self._closed:
+                raise Unavailable("the server is stopping")
+            # A task larger than the whole queue is still taken when nothing else is there.
+            if self._pending_tokens and self._pending_tokens + tokens > self._max_queue_tokens:
+                raise Overloaded(
+                    f"{self._pending_tokens} tokens are waiting; the queue takes {self._max_queue_tokens}",
+                    retry_delay_s=self._retry_delay_s(),
+                    pending_tokens=self._pending_tokens,
+                    max=self._max_queue_tokens,
+                )
+            self._pending_tokens += tokens
+            self._queue[future] = _Waiting(task, time.monotonic())
+            self._changed.notify()
+        future.add_done_callback(lambda _: self._release(future, tokens))
+        return future
+
+    def _release(self, future: Future, tokens: int) -> None:
+        with self._changed:
+            self._pending_tokens -= tokens
+            self._queue.pop(future, None)  # it is still there if it was cancelled
+
+    def _retry_delay_s(self) -> float:
+        """Time until half of the queue is gone, 0.1 .. 10 s, spread so that not all come at once."""
+        estimate_s = 0.5 * self._pending_tokens / self._tokens_per_s if self._tokens_per_s else 1.0
+        return min(10.0, max(0.1, estimate_s)) * random.uniform(0.75, 1.25)
+
+    def _work(self) -> None:
+        while (batch := self._take_batch()) is not None:
+            try:
+                self._run(batch, time.monotonic())
+            except Exception as error:  # not the model's: a thread that died here would leave all waiting
+                failure = engine_failed(error)
+                for future in batch:
+                    _fail(future, failure)
+            with self._changed:
+                self._running.clear()
+
+    def _take_batch(self) -> dict[Future, _Waiting] | None:
+        """The next batch, its futures marked as running. None once closed."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if self._closed:
+                    return None
+                waiting = list(self._queue.items())
+                picked = pick_batch([item.task for _, item in waiting], self._max_batch_tokens)
+                batch: dict[Future, _Waiting] = {}
+                for index in picked:
+                    future, item = waiting[index]
+                    del self._queue[future]
+                    # False: cancelled between its cancellation and its removal from the queue.
+                    if future.set_running_or_notify_cancel():
+                        batch[future] = item
+                if batch:
+                    self._running = list(batch)
+                    return batch
+
+    def _run(self, batch: dict[Future, _Waiting], started_s: float) -> None:
+        """Scores a batch, in halves if the memory does not suffice, and answers all of its futures."""
+        tasks = [item.task for item in batch.values()]
+        compute_s = time.monotonic()
+        try:
+            results = score_tasks(self._model, tasks, self._logits_slice_bytes)
+        except Exception as error:
+            results = None
+            failure = None if _is_out_of_memory(error) else engine_failed(error)
+        else:
+            failure = None
+        # Outside of the except block, whose traceback would keep the tensors of the failed attempt alive.
+        if failure is not None:
+            for future in batch:
+                _fail(future, failure)
+        elif results is None:
+            self._run_halves(batch, started_s)
+        else:
+            engine_s = time.monotonic() - compute_s
+            self._report(tasks, engine_s)
+            for (future, item), result in zip(batch.items(), results, strict=True):
+                if isinstance(result, StillhouseError):
+                    _fail(future, result)
+                    continue
+                timed = replace(
+                    result,
+                    queue_wait_ms=1e3 * (started_s - item.arrived_s),
+                    engine_ms=1e3 * engine_s,
+                    batch_sequences=len(batch),
+                )
+                with contextlib.suppress(concurrent.futures.InvalidStateError):  # failed by close()
+                    future.set_result(timed)
+
+    def _run_halves(self, batch: dict[Future, _Waiting], started_s: float) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        items = list(batch.items())
+        if len(items) > 1:
+            middle = len(items) // 2
+            self._run(dict(items[:middle]), started_s)
+            self._run(dict(items[middle:]), started_s)
+            return
+        future, item = items[0]
+        tokens = len(item.task.token_ids)
+        _fail(
+            future,
+            OutOfMemory(
+                f"{tokens} tokens alone do not fit the server's memory; send shorter sequences or lower the "
+                "server's --logits-slice-bytes",
+                field="token_ids",
+                value=tokens,
+            ),
+        )
+
+    def _report(self, tasks: Sequence[ScoreTask], engine_s: float) -> None:
+        lengths = [len(task.token_ids) for task in tasks]
+        rate = sum(lengths) / max(engine_s, 1e-6)
+        with self._changed:
+            self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * rate if self._tokens_per_s else rate
+        self._on_batch(BatchReport(len(tasks), sum(lengths), len(tasks) * max(lengths), engine_s))
+
+
+def _fail(future: Future, error: StillhouseError) -> None:
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # already answered, failed or cancelled
+        future.set_exception(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # The CPU allocator raises a bare RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
