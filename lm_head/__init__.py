@@ -12,11 +12,13 @@ refused instead of scored wrongly.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stillhouse.vocabulary import vocabulary_size
 
@@ -40,13 +42,36 @@ class LMHead:
         return z
 
 
+def load_causal_lm(directory: Path, dtype: torch.dtype) -> Any:
+    """The causal LM in `directory`, computing what its family defines.
+
+    Raises OSError or ValueError if the directory does not hold all of a model.
+    """
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    # Only eager attention caps its logits (Gemma 2); the others would compute another model.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
+        directory,
+        dtype=dtype,
+        local_files_only=True,
+        output_loading_info=True,
+        attn_implementation="eager" if capped else None,
+    )
+    # transformers fills what is missing with random numbers and a warning.
+    missing = sorted([*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])])
+    if missing:
+        raise ValueError(
+            f"the weights lack {len(missing)} of the model's tensors or have them in another shape, "
+            f"first {missing[0]}; save or download the model again"
+        )
+    return model
+
+
 def head_of(model: Any, vocabulary_size: int | None = None) -> LMHead:
     """The head of a Hugging Face causal LM, cut to `vocabulary_size` rows (None: all it has)."""
     layer = model.get_output_embeddings()
     if layer is None:
-        raise ValueError(
-            f"{type(model).__name__} has no output embeddings: it is not a causal language model"
-        )
+        raise ValueError(f"{type(model).__name__} has no output embeddings: it is not a causal language model")
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if vocabulary_size is not None:
         if vocabulary_size > len(weight):

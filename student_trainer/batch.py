@@ -105,9 +105,7 @@ def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
     return lots
 
 
-def pack(
-    samples: list[Sample], token_weights: list[NDArray[np.float64]], *, eos_ids: set[int], pad_id: int
-) -> Batch:
+def pack(samples: list[Sample], token_weights: list[NDArray[np.float64]], *, eos_ids: set[int], pad_id: int) -> Batch:
     """Tensors of one micro-batch on the CPU. `token_weights` has one array [N] for each sample."""
     rollouts = [sample.rollout for sample in samples]
     lengths = [len(rollout.response_ids) for rollout in rollouts]
@@ -151,7 +149,7 @@ def _support(
     scores = [sample.scores for sample in samples if sample.scores is not None]
     if len(scores) != len(samples):
         assert not scores, "some samples of a batch have scores and some have not"
-        nothing = dict.fromkeys(
+        nothing: dict[str, Tensor | None] = dict.fromkeys(
             ("teacher_logprobs", "teacher_log_tail", "teacher_sampled", "teacher_entropy")
         )
         return targets[:, None], np.ones((len(targets), 1), bool), nothing
@@ -161,11 +159,12 @@ def _support(
             for score, sample in zip(scores, samples, strict=True)
         ]
     ).astype(np.int64)
+    asked = [score.candidate_logprobs for score in scores if score.candidate_logprobs is not None]
     logprobs = np.concatenate(
-        [np.concatenate([score.top_logprobs, score.candidate_logprobs], axis=1) for score in scores]
+        [np.concatenate([score.top_logprobs, there], axis=1) for score, there in zip(scores, asked, strict=True)]
     )
     present = _first_occurrences(ids)
-    teacher = {
+    teacher: dict[str, Tensor | None] = {
         "teacher_logprobs": torch.from_numpy(np.where(present, logprobs, np.float32(-np.inf))),
         "teacher_log_tail": torch.from_numpy(np.concatenate([score.log_support_tail for score in scores])),
         "teacher_sampled": torch.from_numpy(np.concatenate([score.sampled_logprobs for score in scores])),

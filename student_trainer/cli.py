@@ -36,9 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "eval":
             command.add_argument("--out", type=Path, help="also write the result there, as JSON")
     score = commands.add_parser("score", help="score a JSONL of texts with a teacher and write the arrays")
-    score.add_argument(
-        "--teacher", action="append", required=True, metavar="HOST:PORT", help="repeat for a pool"
-    )
+    score.add_argument("--teacher", action="append", required=True, metavar="HOST:PORT", help="repeat for a pool")
     score.add_argument("--tokenizer", type=Path, required=True, help="directory of the teacher's tokenizer")
     score.add_argument("--input", type=Path, required=True, help='lines {"prompt": ..., "response": ...}')
     score.add_argument("--output", type=Path, required=True, help="directory for part-NNNNN.npz files")

@@ -36,59 +36,59 @@ class TeacherConfig(ConfigModel):
     """host:port of every server."""
     model: str = ""
     """Name of the model on the servers; empty: their only one."""
-    top_k: int = Field(16, ge=0)
+    top_k: int = Field(default=16, ge=0)
     """Most likely teacher tokens asked for at each position."""
-    candidates: int = Field(8, ge=0)
+    candidates: int = Field(default=8, ge=0)
     """The student's own most likely tokens at which the teacher is asked too. Reverse-type divergences need
     them: without, the student can drain mass to where the teacher was never looked at."""
     wire_dtype: Literal["float32", "float16"] = "float32"
     """How top-k and candidate log-probabilities travel."""
-    max_in_flight: int = Field(64, ge=1)
+    max_in_flight: int = Field(default=64, ge=1)
     """Scoring calls on the wire at once."""
-    deadline_s: float = Field(120.0, gt=0)
+    deadline_s: float = Field(default=120.0, gt=0)
     """Of one scoring call, retries included."""
-    start_deadline_s: float = Field(120.0, gt=0)
+    start_deadline_s: float = Field(default=120.0, gt=0)
     """How long to wait for the pool to come up."""
 
 
 class RolloutConfig(ConfigModel):
     """How the student answers."""
 
-    prompts_per_step: int = Field(32, ge=1)
+    prompts_per_step: int = Field(default=32, ge=1)
     """Prompts drawn at each step."""
-    answers_per_prompt: int = Field(8, ge=1)
+    answers_per_prompt: int = Field(default=8, ge=1)
     """G: answers to each prompt, the group of the group advantage."""
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
     """Longest answer; longer ones are cut and count as truncated."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Of sampling. The student's policy is its distribution at this temperature."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus of sampling. Below 1 the sampler's log-probabilities still are those of the whole distribution,
     so importance ratios are biased: prefer 1."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer, next to the tokenizer's end of sequence. They stay part of it."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(default=256, ge=1)
     """Answers generated at once."""
 
 
 class OptimizerConfig(ConfigModel):
     """AdamW and what feeds it."""
 
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate; linear warm-up, then constant."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Optimiser updates of linear warm-up."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
-    beta2: float = Field(0.999, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the second moment."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled; matrices only."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
-    micro_batch_tokens: int = Field(16384, ge=1)
+    micro_batch_tokens: int = Field(default=16384, ge=1)
     """Padded tokens of one forward and backward pass. Changes memory and speed, not the result."""
-    updates_per_step: int = Field(1, ge=1)
+    updates_per_step: int = Field(default=1, ge=1)
     """Optimiser updates each step's rollouts are split into. Above 1 the later updates are off policy."""
 
 
@@ -97,13 +97,13 @@ class EvaluationConfig(ConfigModel):
 
     prompts: PromptsConfig
     """Where they come from; keep them apart from the training prompts."""
-    num_prompts: int = Field(128, ge=1)
+    num_prompts: int = Field(default=128, ge=1)
     """The first so many of them."""
-    answers_per_prompt: int = Field(8, ge=1)
+    answers_per_prompt: int = Field(default=8, ge=1)
     """Answers to each, at the rollouts' temperature."""
     k: tuple[int, ...] = (1, 8)
     """pass@k to report; each at most answers_per_prompt."""
-    every_steps: int = Field(0, ge=0)
+    every_steps: int = Field(default=0, ge=0)
     """Evaluate during training at every so many steps; 0: only before and after."""
 
     @model_validator(mode="after")
@@ -118,9 +118,9 @@ class EvaluationConfig(ConfigModel):
 class CheckpointConfig(ConfigModel):
     """What is kept of the student."""
 
-    every_steps: int = Field(0, ge=0)
+    every_steps: int = Field(default=0, ge=0)
     """Save at every so many steps; 0: only after the last."""
-    keep: int = Field(3, ge=1)
+    keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept."""
 
 
@@ -139,11 +139,11 @@ class RunConfig(ConfigModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig | None = None
     checkpoints: CheckpointConfig = CheckpointConfig()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of everything random: order of prompts, sampling."""
-    samples_per_step: int = Field(16, ge=0)
+    samples_per_step: int = Field(default=16, ge=0)
     """Rollouts of each step written to samples.jsonl."""
-    metrics_port: int | None = Field(None, ge=0, le=65535)
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of the Prometheus endpoint on 127.0.0.1; 0: any free one; null: none."""
 
     @model_validator(mode="after")
@@ -151,11 +151,7 @@ class RunConfig(ConfigModel):
         gradient, rollout = self.objective.policy_gradient, self.rollout
         if self.objective.needs_teacher and self.teacher is None:
             raise ValueError("the objective has a term that needs a teacher; give teacher.addresses")
-        if (
-            gradient is not None
-            and gradient.surrogate == "trrd"
-            and self.distil_temperature != rollout.temperature
-        ):
+        if gradient is not None and gradient.surrogate == "trrd" and self.distil_temperature != rollout.temperature:
             raise ValueError(
                 f"objective.temperature is {self.distil_temperature}, rollout.temperature is "
                 f"{rollout.temperature}; trrd mixes both distributions, so they must be equal"
@@ -246,9 +242,7 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     """Keys of the model that sits at `location` in RunConfig."""
     models: list[type[BaseModel]] = [RunConfig]
     for part in location:
-        found = [
-            _models_in(model.model_fields[part].annotation) for model in models if part in model.model_fields
-        ]
+        found = [_models_in(model.model_fields[part].annotation) for model in models if part in model.model_fields]
         # Parts that are no field are list indices and tags of a union: they do not change the model.
         models = [model for group in found for model in group] or models
     return [name for model in models for name in model.model_fields]

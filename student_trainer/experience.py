@@ -125,7 +125,7 @@ def _prompt_weights(
 ) -> dict[str, float]:
     if paced is None:
         return dict.fromkeys(groups, 1.0)
-    rates = [pass_rates.rate(key) for key in groups]
+    rates = [rate for key in groups if (rate := pass_rates.rate(key)) is not None]  # all: just updated
     weights = paced_weights(
         rates,
         alpha=paced.alpha,

@@ -166,9 +166,7 @@ def _apply(parts: Parts, step: int) -> float:
     norm = float(grad_norm) if grad_norm is not None else 0.0
     if not np.isfinite(norm):
         names = [
-            name
-            for name, p in parts.policy.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
+            name for name, p in parts.policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
         ]
         raise NonFiniteLoss(
             f"step {step + 1}: the gradient norm is {norm} (first parameter: {names[0] if names else 'overflow'}). "

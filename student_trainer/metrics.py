@@ -43,9 +43,7 @@ class TokenMeter:
 
 
 @torch.no_grad()
-def observe(
-    meter: TokenMeter, batch: Batch, support: Support, policy_logprobs: Tensor, token: TokenLosses
-) -> None:
+def observe(meter: TokenMeter, batch: Batch, support: Support, policy_logprobs: Tensor, token: TokenLosses) -> None:
     """Adds what is worth knowing of a micro-batch to `meter`. Nats."""
     meter.add("entropy", support.entropy)
     gap = policy_logprobs - batch.sampler_logprobs

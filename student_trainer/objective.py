@@ -135,9 +135,9 @@ def _surrogate(
     prompt_weight: Tensor,
 ) -> surrogates.Surrogate:
     advantage = _advantages(config, step, batch, support, prompt_weight)
-    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    low, high = config.clip_low, config.clip_high
     if config.surrogate == "ppo_clip":
-        return surrogates.ppo_clip(policy_logprobs, batch.sampler_logprobs, advantage, **clip)
+        return surrogates.ppo_clip(policy_logprobs, batch.sampler_logprobs, advantage, clip_low=low, clip_high=high)
     assert batch.teacher_sampled is not None
     return surrogates.trrd(
         policy_logprobs,
@@ -146,7 +146,8 @@ def _surrogate(
         advantage,
         alpha=config.alpha,
         log_ratio_clamp=config.log_ratio_clamp,
-        **clip,
+        clip_low=low,
+        clip_high=high,
     )
 
 

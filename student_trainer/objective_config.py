@@ -26,9 +26,7 @@ def _check_schedule(value: Any) -> Any:
     if isinstance(value, dict) and not value:
         raise ValueError("an empty schedule has no value; write a number or {step: value, ...}")
     if isinstance(value, dict) and not all(type(step) is int and step >= 0 for step in value):
-        raise ValueError(
-            f"steps are whole numbers from 0, got {sorted(value, key=str)}; write {{step: value}}"
-        )
+        raise ValueError(f"steps are whole numbers from 0, got {sorted(value, key=str)}; write {{step: value}}")
     return value
 
 
@@ -44,11 +42,11 @@ class Divergence(ConfigModel):
     """Multiplies the term; a number or {step: value}."""
     mask: Mask = "all"
     """Responses it applies to: all, those that failed, those whose whole group failed, those that passed."""
-    beta: float = Field(0.5, gt=0.0, lt=1.0)
+    beta: float = Field(default=0.5, gt=0.0, lt=1.0)
     """js only: weight of the teacher in the mixture M = beta T + (1 - beta) S."""
-    epsilon: float = Field(0.1, gt=0.0)
+    epsilon: float = Field(default=0.1, gt=0.0)
     """sinkhorn only: entropic regularisation."""
-    iterations: int = Field(20, ge=1)
+    iterations: int = Field(default=20, ge=1)
     """sinkhorn only: row-and-column normalisations."""
     rows: Literal["sequence", "micro_batch"] = "sequence"
     """sinkhorn only: the tokens transported among each other. `micro_batch` sees more of them, but then the
@@ -60,7 +58,7 @@ class Rlsd(ConfigModel):
 
     mix: Coefficient = 1.0
     """lambda: 0 is plain GRPO, 1 scales fully."""
-    epsilon: float = Field(0.2, gt=0.0, lt=1.0)
+    epsilon: float = Field(default=0.2, gt=0.0, lt=1.0)
     """The scale stays within 1 - epsilon .. 1 + epsilon."""
 
 
@@ -72,13 +70,13 @@ class PolicyGradient(ConfigModel):
     surrogate: Literal["ppo_clip", "trrd"] = "ppo_clip"
     """`ppo_clip`: the ratio student / sampler. `trrd`: the sampler mixed with the teacher as the anchor
     (arXiv 2602.22495)."""
-    clip_low: float = Field(0.2, gt=0.0, lt=1.0)
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
     """The ratio is clipped below 1 - clip_low."""
-    clip_high: float = Field(0.28, gt=0.0)
+    clip_high: float = Field(default=0.28, gt=0.0)
     """The ratio is clipped above 1 + clip_high (clip-higher, DAPO)."""
-    alpha: float = Field(0.5, ge=0.0, le=1.0)
+    alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     """trrd only: weight of the sampler in the anchor; 1 is ppo_clip."""
-    log_ratio_clamp: float = Field(1.0, gt=0.0)
+    log_ratio_clamp: float = Field(default=1.0, gt=0.0)
     """trrd only: bound on |log student - log teacher| before mixing, nats."""
     reward: Coefficient = 1.0
     """Multiplies the group advantage of the rewards."""
@@ -111,16 +109,16 @@ class PolicyGradient(ConfigModel):
 class Paced(ConfigModel):
     """Prompt weights p^alpha (1 - p)^beta of the running pass rate p (PACED, arXiv 2603.11178)."""
 
-    alpha: float = Field(1.0, ge=0.0)
+    alpha: float = Field(default=1.0, ge=0.0)
     """Exponent of the pass rate."""
-    beta: float = Field(1.0, ge=0.0)
+    beta: float = Field(default=1.0, ge=0.0)
     """Exponent of the failure rate."""
-    smoothing: float = Field(0.0, ge=0.0)
+    smoothing: float = Field(default=0.0, ge=0.0)
     """a in p = (c + a) / (K + 2a); 0 gives prompts that always or never pass no weight (proposed)."""
     normalise: Literal["mean", "max", "none"] = "mean"
     """`mean`: weights above zero average to one over the batch (proposed); `max`: divided by the kernel's
     peak; `none`: as they are."""
-    decay: float = Field(0.5, ge=0.0, lt=1.0)
+    decay: float = Field(default=0.5, ge=0.0, lt=1.0)
     """Share of the old pass rate kept at each new group of answers (proposed)."""
 
 
@@ -138,7 +136,7 @@ class ObjectiveConfig(ConfigModel):
     reduction: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"] = "token_mean"
     """How tokens are averaged: over all tokens of the step (DAPO); per sequence, then over sequences (GRPO);
     sum over max_new_tokens, then over sequences (Dr.GRPO)."""
-    temperature: float | None = Field(None, gt=0.0)
+    temperature: float | None = Field(default=None, gt=0.0)
     """Temperature of both distributions in the divergences and of the teacher's scores; null: the rollouts'."""
 
     @model_validator(mode="before")
@@ -160,9 +158,7 @@ class ObjectiveConfig(ConfigModel):
 
     @property
     def needs_teacher(self) -> bool:
-        return bool(self.divergences) or (
-            self.policy_gradient is not None and self.policy_gradient.needs_teacher
-        )
+        return bool(self.divergences) or (self.policy_gradient is not None and self.policy_gradient.needs_teacher)
 
 
 def merge(base: Any, over: Any) -> Any:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from lm_head import backbone_of, check_head, head_of, usable_vocabulary
+from lm_head import backbone_of, check_head, head_of, load_causal_lm, usable_vocabulary
 from student_trainer.config import ConfigError, StudentConfig
 from student_trainer.logprobs import Support, gathered_logprobs, support_logprobs
 
@@ -59,9 +59,7 @@ class Policy(nn.Module):
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer in `directory`."""
     if not directory.is_dir():
-        raise ConfigError(
-            f"student.model: {directory} is not a directory; give one with a Hugging Face model"
-        )
+        raise ConfigError(f"student.model: {directory} is not a directory; give one with a Hugging Face model")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -71,9 +69,7 @@ def load_tokenizer(directory: Path) -> Any:
 def load_model(config: StudentConfig) -> Any:
     """The causal LM in `config.model`, in training mode, its head checked against its own logits."""
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=getattr(torch, config.dtype), local_files_only=True
-        )
+        model = load_causal_lm(config.model, getattr(torch, config.dtype))
     except (OSError, ValueError) as error:
         raise ConfigError(f"student.model: {config.model} cannot be loaded: {error}") from error
     check_head(model)

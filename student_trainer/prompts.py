@@ -124,7 +124,7 @@ def load_prompts(
                     "give the prompts as text."
                 )
             messages, text, ids = None, content, _tokenise_text(tokenizer, content)
-        if not ids or not content:
+        if not ids or not str(content).strip():
             raise ValueError(f"prompts: {key} is empty. Fix: remove it or fill it in.")
         prompts.append(Prompt(key, text, messages, tuple(ids), answer, entry))
     _check_lengths(prompts, config.max_prompt_tokens)
@@ -223,11 +223,11 @@ def _render(
 def _tokenise_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
     bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    if isinstance(bos, str) and text.startswith(bos):
+    if not bare or (isinstance(bos, str) and text.startswith(bos)):
         return bare
     ids: list[int] = tokenizer(text)["input_ids"]  # type: ignore[assignment]
     # Tokenizers that close every text with EOS would tell the student that the answer is over before it began.
-    closed = ids[-1:] == [eos] and bare[-1:] != [eos] and len(ids) > 1
+    closed = ids[-1] == eos and ids[:-1][-len(bare) :] == bare
     return ids[:-1] if closed else ids
 
 

@@ -25,9 +25,7 @@ class RunDir:
         self._keep = config.checkpoints.keep
         self._samples_per_step = config.samples_per_step
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(
-            dump_config(config)
-        )
+        (self.path / "config.yaml").write_text(dump_config(config))
         self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
         self._samples = (self.path / "samples.jsonl").open("a", buffering=1)
 

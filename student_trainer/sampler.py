@@ -145,7 +145,7 @@ class TransformersSampler:
                 stopping_criteria=StoppingCriteriaList([stop] if stop else []),
             )
         recorder.finish(sequences)
-        stops = stop.lengths if stop else [None] * len(prompts)
+        stops: list[int | None] = stop.lengths if stop else [None] * len(prompts)
         return self._rollouts(prompts, sequences[:, width:].cpu(), recorder, stops)
 
     def _rollouts(
@@ -207,7 +207,5 @@ def eos_ids(model: Any, tokenizer: Any) -> set[int]:
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
     if not found:
-        raise ValueError(
-            "neither tokenizer nor generation_config has an end-of-sequence token; set eos_token"
-        )
+        raise ValueError("neither tokenizer nor generation_config has an end-of-sequence token; set eos_token")
     return found

@@ -97,12 +97,8 @@ def _tokens(row: Any, tokenizer: Any) -> tuple[list[int], int]:
         if not (isinstance(ids, list) and all(type(i) is int for i in ids) and type(start) is int):
             raise ValueError("token_ids must be a list of whole numbers and score_start a whole number")
     else:
-        if not isinstance(row, dict) or not all(
-            isinstance(row.get(key), str) for key in ("prompt", "response")
-        ):
-            raise ValueError(
-                'needs {"prompt": text, "response": text} or {"token_ids": [...], "score_start": n}'
-            )
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
+            raise ValueError('needs {"prompt": text, "response": text} or {"token_ids": [...], "score_start": n}')
         prompt = tokenizer(row["prompt"])["input_ids"]
         ids, start = prompt + tokenizer(row["response"], add_special_tokens=False)["input_ids"], len(prompt)
     if not 1 <= start < len(ids):
@@ -114,9 +110,7 @@ def _check(
     options: argparse.Namespace, teacher: Teacher, tokenizer: Any, sequences: list[tuple[int, list[int], int]]
 ) -> None:
     if vocabulary_digest(tokenizer.get_vocab()) != teacher.vocabulary_digest:
-        raise ConfigError(
-            f"--tokenizer: {options.tokenizer} is not the tokenizer of teacher {teacher.model!r}"
-        )
+        raise ConfigError(f"--tokenizer: {options.tokenizer} is not the tokenizer of teacher {teacher.model!r}")
     if not 0 <= options.top_k <= teacher.max_top_k:
         raise ConfigError(f"--top-k: {options.top_k} is outside the server's 0 .. {teacher.max_top_k}")
     for number, ids, _ in sequences:

@@ -16,9 +16,7 @@ from student_trainer.config import ConfigError, RunConfig, TeacherConfig
 class Scorer:
     """Scores rollouts with the pool, against the revision and vocabulary that were checked at start."""
 
-    def __init__(
-        self, client: TeacherClient, config: TeacherConfig, teacher: Teacher, temperature: float
-    ) -> None:
+    def __init__(self, client: TeacherClient, config: TeacherConfig, teacher: Teacher, temperature: float) -> None:
         self._client = client
         self._config = config
         self._temperature = temperature
@@ -85,9 +83,7 @@ def _check_fit(config: RunConfig, teacher: TeacherConfig, served: Teacher, token
             "tokens. Use a teacher with the student's tokenizer"
         )
     if teacher.top_k > served.max_top_k:
-        raise ConfigError(
-            f"teacher.top_k: {teacher.top_k} is above the server's {served.max_top_k}; lower it"
-        )
+        raise ConfigError(f"teacher.top_k: {teacher.top_k} is above the server's {served.max_top_k}; lower it")
     if teacher.candidates + 1 > served.max_candidates:
         raise ConfigError(
             f"teacher.candidates: {teacher.candidates} and the sampled token are more than the server's "

@@ -104,7 +104,7 @@ def _clipped(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: 
     high = math.log1p(clip_high)
     clipped = ((advantages > 0) & (log_ratio > high)) | ((advantages < 0) & (log_ratio < low))
     # The bound takes the place of the log-ratio before exp(), so that a ratio which overflows has no NaN gradient.
-    bound = torch.where(advantages > 0, high, low).to(log_ratio.dtype)
+    bound = torch.full_like(log_ratio, low).masked_fill(advantages > 0, high)
     return Surrogate(-torch.where(clipped, bound, log_ratio).exp() * advantages, clipped)
 
 

@@ -48,11 +48,7 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
     order = PromptOrder(problems.prompts, config.seed)
     with _refusing("rollout."):
         order.batch(0, config.rollout.prompts_per_step)  # more prompts a step than there are
-    scorer = (
-        connect(config, config.teacher, tokenizer)
-        if config.teacher and config.objective.needs_teacher
-        else None
-    )
+    scorer = connect(config, config.teacher, tokenizer) if config.teacher and config.objective.needs_teacher else None
     try:
         if scorer:
             longest = max(len(prompt.token_ids) for prompt in problems.prompts)
@@ -62,9 +58,7 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
             model = load_model(config.student)
             size = student_vocabulary(model, tokenizer)
         candidates = config.teacher.candidates if scorer and config.teacher else 0
-        sampler = TransformersSampler(
-            model, tokenizer, config.rollout, vocabulary_size=size, candidates=candidates
-        )
+        sampler = TransformersSampler(model, tokenizer, config.rollout, vocabulary_size=size, candidates=candidates)
         # accelerate places and scales; it must not choose another device than the configuration does.
         accelerator = Accelerator(cpu=device.type == "cpu")
         if accelerator.num_processes > 1:

@@ -114,7 +114,7 @@ def serve_reasoning_gym(dataset: str, options: dict[str, Any]) -> Callable[..., 
 
 
 def serve_math() -> Callable[..., bool]:
-    """In the child: `serve(gold)` says whether it parses, `serve(gold, text, extracted)` whether the text is right.
+    """In the child: `serve(gold)` says whether it is usable, `serve(gold, text, extracted)` whether the text is right.
 
     math_verify swallows exceptions and deadlines into "wrong" unless told otherwise, and sets its deadlines by
     signals; both are turned off here, because the child has a deadline and its errors are reported.
@@ -127,16 +127,21 @@ def serve_math() -> Callable[..., bool]:
     def parse(text: str) -> list[Any]:
         return math_verify.parse(text, parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
 
+    def compare(gold: list[Any], found: list[Any]) -> bool:
+        return math_verify.verify(gold, found, timeout_seconds=None, raise_on_error=True)
+
+    zero = parse("$0$")
+
     @functools.lru_cache(maxsize=4096)
     def parse_gold(gold: str) -> list[Any]:
         return parse(_delimited(gold))
 
     def serve(gold: str, text: str | None = None, extracted: bool = False) -> bool:
         expected = parse_gold(gold)
-        if text is None:
-            return any(not isinstance(part, str) for part in expected)  # a string: found, but not understood
-        found = parse(_delimited(text) if extracted else text)
-        return math_verify.verify(expected, found, timeout_seconds=None, raise_on_error=True)
+        if text is not None:
+            return compare(expected, parse(_delimited(text) if extracted else text))
+        compare(expected, zero)  # must not raise, as it does with 1/0: every answer would
+        return any(not isinstance(part, str) for part in expected)  # a string: found, but not understood
 
     return serve
 

@@ -246,10 +246,13 @@ def _math(config: MathVerifier, prompts: Sequence[Prompt]) -> _Check:
     worker = Worker(serve_math, timeout_s=config.timeout_s)
     for answer, key in _answers(prompts, "math_verify").items():
         try:
-            parses = worker(answer)
+            usable = worker(answer)
         except (TimeoutError, WorkerError) as error:
-            raise ValueError(f"{key}: math_verify cannot read the answer {answer!r} ({error}).") from error
-        if not parses:
+            raise ValueError(
+                f"{key}: math_verify cannot work with the answer {answer!r} ({error}). "
+                "Fix: write it more simply, or leave the prompt out."
+            ) from error
+        if not usable:
             raise ValueError(
                 f"{key}: the answer {answer!r} is no mathematical expression to math_verify. "
                 r"Fix: write it as LaTeX, such as \frac{1}{2}, or take verifier kind exact or regex."

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from lm_head import LMHead, backbone_of, check_head, head_of, usable_vocabulary
+from lm_head import LMHead, backbone_of, check_head, head_of, load_causal_lm, usable_vocabulary
 from stillhouse.codec import Teacher
 from stillhouse.vocabulary import vocabulary_digest
 from teacher_server.options import OptionError, Options, server_version
@@ -47,7 +47,7 @@ def load_model(options: Options) -> ServedModel:
     tokenizer = _load_tokenizer(options.model)
     revision = options.revision or digest_model(options.model)
     logger.info("loading model=%s dtype=%s device=%s", options.model, dtype, device)
-    model = _load_weights(options.model, config, dtype).to(device).eval().requires_grad_(False)
+    model = load_causal_lm(options.model, dtype).to(device).eval().requires_grad_(False)
     vocabulary_size = options.vocabulary_size or usable_vocabulary(model, tokenizer)
     check_head(model)
     head = _float32_head(head_of(model, vocabulary_size))
@@ -125,26 +125,6 @@ def _load_tokenizer(directory: Path) -> Any | None:
         logger.warning("no tokenizer in %s: ids are all rows of the head, and clients cannot check them", directory)
         return None
     return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-
-
-def _load_weights(directory: Path, config: Any, dtype: torch.dtype) -> Any:
-    # Only eager attention caps its logits (Gemma 2); the others would score another model.
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(  # pyright: ignore
-        directory,
-        dtype=dtype,
-        local_files_only=True,
-        output_loading_info=True,
-        attn_implementation="eager" if capped else None,
-    )
-    # transformers fills what is missing with random numbers and a warning.
-    missing = sorted([*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])])
-    if missing:
-        raise ValueError(
-            f"the weights lack {len(missing)} of the model's tensors or have them in another shape, "
-            f"first {missing[0]}; save or download the model again"
-        )
-    return model
 
 
 def _float32_head(head: LMHead) -> LMHead:

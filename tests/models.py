@@ -123,7 +123,7 @@ def reference_scores(
 ) -> dict[str, np.ndarray]:
     """The fields of `Scores` in float64 over the whole vocabulary."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float64, attn_implementation="eager"
+        directory, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     ).eval()
     with torch.no_grad():
         logits = model(input_ids=torch.as_tensor(np.asarray(token_ids, np.int64))[None]).logits[0].numpy()

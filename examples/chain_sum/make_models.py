@@ -1,24 +1,28 @@
-"""Make the two models of the demo: a teacher that can add, and a student that knows the steps and slips.
+"""Make the two models of the demo: a teacher that can add, and a student that has parts of its table wrong.
 
 Both are small character-level Llama models. A problem is a ``chain_sum`` expression of reasoning-gym with six
 one-digit terms, and its solution is the five running sums:
 
     4 + 1 + 7 - 7 + 7 - 6   ->   5 12 5 12 6
 
-The teacher learns right solutions, from nothing. The student starts as a copy of the teacher and is trained further
-on solutions where running sums slip: a slipped sum is off by a little, and the sums after it continue from the wrong
-value. It therefore still knows the form of a solution, and almost every answer of it holds an error.
+The teacher learns right solutions, from nothing. The student is the teacher, trained further on solutions of somebody
+who has misremembered a third of the 200 facts "a sum that ends in a, plus or minus b": each of these facts has one
+wrong result, off by 1 to 3, which is given nine times in ten. The sums after it continue from the wrong value. So the
+student knows the form of a solution and most of the facts, but its most likely answer to the others is wrong: no
+sharper sampling helps it, it has to learn each of them.
 
 Problems are drawn as reasoning-gym draws them (digits and signs uniform) but by another generator, and every
-expression that reasoning-gym makes from the seeds in ``RESERVED_SEEDS`` is left out of the training of both models.
-reasoning-gym seeds item ``i`` of a data set with ``seed + i``, so a data set whose ``seed .. seed + size - 1`` lies
-in there holds nothing that a model was trained on here.
+expression that reasoning-gym makes from ``RESERVED_SEEDS`` is left out of the training of both models. reasoning-gym
+seeds item ``i`` of a data set with ``seed + i``, so a data set whose ``seed .. seed + size - 1`` lies in there holds
+nothing that a model was trained on here.
 
-    python make_models.py --out models
+    python examples/chain_sum/make_models.py --out examples/chain_sum/models
 """
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +74,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) ->
         num_attention_heads=args.heads,
         max_position_embeddings=64,
         tie_word_embeddings=True,
-        initializer_range=args.init,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -108,20 +111,35 @@ def draw_problems(rng: np.random.Generator, count: int, reserved: np.ndarray) ->
     return digits[free], signs[free]
 
 
-def solve(digits: np.ndarray, signs: np.ndarray, rng: np.random.Generator, slip: float) -> np.ndarray:
-    """Running sums [N, TERMS - 1]; each step slips with probability `slip` by 1, 2, 3 or 10 either way."""
-    steps = np.where(signs == 1, -digits[:, 1:], digits[:, 1:])
-    errors = rng.choice([-10, -3, -2, -1, 1, 2, 3, 10], steps.shape)
-    errors = np.where(rng.random(steps.shape) < slip, errors, 0)
-    return digits[:, :1] + np.cumsum(steps + errors, axis=1)
+def misremember(rng: np.random.Generator, share: float) -> np.ndarray:
+    """How far off each fact is, [last digit of the sum, sign, digit]: 0, or 1 to 3 either way for `share` of them."""
+    offsets = rng.choice([-3, -2, -1, 1, 2, 3], (10, 2, 10))
+    return np.where(rng.permutation(200).reshape(10, 2, 10) < round(200 * share), offsets, 0)
+
+
+def solve(
+    digits: np.ndarray, signs: np.ndarray, offsets: np.ndarray, slip: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Running sums [N, TERMS - 1]; a fact with an offset is got wrong by it with probability `slip`."""
+    total, sums = digits[:, 0], []
+    for sign, digit in zip(signs.T, digits[:, 1:].T, strict=True):
+        slipped = rng.random(len(total)) < slip
+        total = total + np.where(sign == 1, -digit, digit) + offsets[total % 10, sign, digit] * slipped
+        sums.append(total)
+    return np.stack(sums, axis=1)
 
 
 def make_batch(
-    tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, count: int, reserved: np.ndarray, slip: float
+    tokenizer: PreTrainedTokenizerFast,
+    rng: np.random.Generator,
+    count: int,
+    reserved: np.ndarray,
+    offsets: np.ndarray,
+    slip: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """token ids [N, L] and labels [N, L], where every place but those of the answer is -100."""
     digits, signs = draw_problems(rng, count, reserved)
-    sums = solve(digits, signs, rng, slip)
+    sums = solve(digits, signs, offsets, slip, rng)
     chats = []
     for row, sign, answer in zip(digits.tolist(), signs.tolist(), sums.tolist(), strict=True):
         rest = "".join(f" {'+-'[minus]} {digit}" for minus, digit in zip(sign, row[1:], strict=True))
@@ -135,7 +153,13 @@ def make_batch(
     return ids, labels
 
 
-def train(model, tokenizer, rng, reserved, *, slip: float, steps: int, batch: int, lr: float, name: str) -> None:
+def train(
+    model: LlamaForCausalLM,
+    batches: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    steps: int,
+    lr: float,
+    name: str,
+) -> None:
     """Warm-up of 50 steps, linear decay to zero over the last half; prints a line every 50 steps.
 
     Muon for the matrices of the layers, AdamW for the embedding and the norms: on this task AdamW alone needs
@@ -147,12 +171,14 @@ def train(model, tokenizer, rng, reserved, *, slip: float, steps: int, batch: in
         torch.optim.Muon(layers, lr=lr, weight_decay=0.0),
         torch.optim.AdamW(rest, lr=lr / 7, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    rate = lambda s: min(1, (s + 1) / 50, (steps - s) / (steps / 2))  # noqa: E731
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(part, lambda s: min(1, (s + 1) / 50, (steps - s) / (steps / 2)))
+        for part in optimizers
+    ]
     model.train()
     started = time.perf_counter()
     for step in range(1, steps + 1):
-        ids, labels = make_batch(tokenizer, rng, batch, reserved, slip)
+        ids, labels = batches()
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         model.zero_grad(set_to_none=True)
@@ -181,18 +207,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder that gets teacher/ and student/")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads; another number may round differently")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; another number may round differently")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--mlp", type=int, default=384)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--init", type=float, default=0.02)
     parser.add_argument("--batch", type=int, default=128, help="problems a step")
-    parser.add_argument("--teacher-steps", type=int, default=800)
+    parser.add_argument("--teacher-steps", type=int, default=700)
     parser.add_argument("--teacher-lr", type=float, default=0.02)
-    parser.add_argument("--student-steps", type=int, default=150)
-    parser.add_argument("--student-lr", type=float, default=0.005)
-    parser.add_argument("--slip", type=float, default=0.33, help="probability that a step of the student's data slips")
+    parser.add_argument("--student-steps", type=int, default=200)
+    parser.add_argument("--student-lr", type=float, default=0.01)
+    parser.add_argument("--share", type=float, default=0.35, help="share of the facts that the student has wrong")
+    parser.add_argument("--slip", type=float, default=0.9, help="how often a fact that it has wrong comes out wrong")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -201,10 +227,11 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
-    reserved = reserved_keys()
-    train(model, tokenizer, rng, reserved, slip=0.0, steps=args.teacher_steps, batch=args.batch, lr=args.teacher_lr, name="teacher")
+    draw = partial(make_batch, tokenizer, rng, args.batch, reserved_keys())
+    offsets = misremember(rng, args.share)
+    train(model, partial(draw, offsets, 0.0), args.teacher_steps, args.teacher_lr, "teacher")
     save(model, tokenizer, args.out / "teacher")
-    train(model, tokenizer, rng, reserved, slip=args.slip, steps=args.student_steps, batch=args.batch, lr=args.student_lr, name="student")
+    train(model, partial(draw, offsets, args.slip), args.student_steps, args.student_lr, "student")
     save(model, tokenizer, args.out / "student")
 
 

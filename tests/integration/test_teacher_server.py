@@ -32,7 +32,6 @@ from stillhouse.errors import (
     EngineFailed,
     InvalidRequest,
     MalformedArray,
-    NonFiniteScores,
     Overloaded,
     StillhouseError,
     Unavailable,
@@ -40,6 +39,7 @@ from stillhouse.errors import (
 )
 from stillhouse.v1 import teacher_pb2 as pb
 from stillhouse.v1 import teacher_pb2_grpc as pb_grpc
+from teacher_server.cli import main
 from teacher_server.metrics import Metrics
 from teacher_server.server import RunningServer, start, stop
 from tests.models import MAX_POSITIONS, VOCABULARY_SIZE, reference_scores, save_model
@@ -69,9 +69,9 @@ class ServerProcess:
         return float(found[1]) if found else None
 
 
-def command(directory: Path, *options: str) -> list[str]:
+def arguments(directory: Path, *options: str) -> list[str]:
     free = ("--device", "cpu", "--listen", "127.0.0.1:0", "--metrics-port", "0")
-    return [sys.executable, "-m", "teacher_server.cli", "--model", str(directory), *free, *options]
+    return ["--model", str(directory), *free, *options]
 
 
 def environment() -> dict[str, str]:
@@ -81,7 +81,7 @@ def environment() -> dict[str, str]:
 @contextlib.contextmanager
 def serving(directory: Path, *options: str) -> Iterator[ServerProcess]:
     process = subprocess.Popen(
-        command(directory, *options),
+        [sys.executable, "-m", "teacher_server.cli", *arguments(directory, *options)],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -223,12 +223,11 @@ def test_every_refusal_of_the_validation_arrives_as_its_exception(
     """In this process, for the limits that the table was written for."""
 
     async def run() -> StillhouseError:
-        async with in_process(FakeEngine(teacher=LIMITED)) as running:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}") as channel:
-                request = encode_request(dataclasses.replace(GOOD, **change))
-                with pytest.raises(grpc.RpcError) as raised:
-                    await pb_grpc.TeacherServiceStub(channel).Score(request, timeout=20)
-                return from_rpc_error(raised.value)
+        async with in_process(FakeEngine(teacher=LIMITED)) as running, channel_to(running) as channel:
+            request = encode_request(dataclasses.replace(GOOD, **change))
+            with pytest.raises(grpc.RpcError) as raised:
+                await pb_grpc.TeacherServiceStub(channel).Score(request, timeout=20)
+            return from_rpc_error(raised.value)
 
     refused = asyncio.run(run())
     assert type(refused) is error
@@ -365,7 +364,8 @@ def test_sigterm_finishes_all_admitted_work_and_exits_with_zero(tmp_path: Path) 
             for seed in range(64)
         ]
         end_s = time.monotonic() + 30
-        while not server.metric("stillhouse_teacher_scored_tokens_total"):
+        answered = 'stillhouse_teacher_requests_total{code="OK",method="Score",reason=""}'
+        while (server.metric(answered) or 0) + (server.metric("stillhouse_teacher_requests_in_flight") or 0) < 64:
             assert time.monotonic() < end_s
         server.process.send_signal(signal.SIGTERM)
         server.process.send_signal(signal.SIGTERM)  # launchers pass it on twice
@@ -380,20 +380,20 @@ def test_sigterm_finishes_all_admitted_work_and_exits_with_zero(tmp_path: Path) 
         assert "drain time is over" not in err
 
 
-def test_a_model_that_cannot_be_served_ends_the_program_with_one_message(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_served_ends_the_program_with_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = save_model(tmp_path)
     (directory / "config.json").write_text('{"model_type": "llama", "vocab_size": 128, "hidden_size": 31}')
-    done = subprocess.run(command(directory), env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith(f"teacher-server: error: cannot serve {directory}: ")
-    assert "not a multiple of the number of attention heads" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-    done = subprocess.run(
-        command(directory, "--engine", "vllm"), env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("teacher-server: error: --engine vllm: ")
+    assert main(arguments(directory)) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    message = output.err.splitlines()[-1]
+    assert message.startswith(f"teacher-server: error: cannot serve {directory}: ")
+    assert "not a multiple of the number of attention heads" in message
+    assert "Traceback" not in output.err
+    assert main(arguments(save_model(tmp_path), "--max-sequence-tokens", "4096")) == 2
+    assert "--max-sequence-tokens 4096: the model's positions end at 128" in capsys.readouterr().err
 
 
 # In this process: faults at one exact moment
@@ -484,6 +484,10 @@ async def in_process(engine: FakeEngine, metrics: Metrics | None = None) -> Asyn
 
 def client_of(running: RunningServer) -> AsyncTeacherClient:
     return AsyncTeacherClient([f"127.0.0.1:{running.port}"])
+
+
+def channel_to(running: RunningServer) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(f"127.0.0.1:{running.port}")
 
 
 async def score(client: AsyncTeacherClient, **options: Any) -> Scores:
@@ -584,41 +588,39 @@ async def test_a_stopping_server_says_so_refuses_new_work_and_finishes_the_old()
         await opened.wait()
 
     engine = FakeEngine(gated)
-    async with in_process(engine) as running, client_of(running) as client:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}") as channel:
-            stub, health = pb_grpc.TeacherServiceStub(channel), health_pb2_grpc.HealthStub(channel)
-            old = asyncio.create_task(score(client))
-            await engine.started.wait()
-            stopping = asyncio.create_task(stop(running, drain_s=20))
-            await wait_for(lambda: running.calls.stopping)
-            for method, request in (
-                (stub.Score, encode_request(make_task(0, 20, 5))),
-                (stub.GetTeacher, pb.GetTeacherRequest()),
-            ):
-                with pytest.raises(grpc.RpcError) as raised:
-                    await method(request, timeout=20)
-                assert type(from_rpc_error(raised.value)) is Unavailable
-            for service in ("", SERVICE):
-                answer = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=20)
-                assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
-            assert not stopping.done()
-            opened.set()
-            assert len((await old).sampled_logprobs) == 15
-            await stopping
-            assert engine.closing.is_set()
+    async with in_process(engine) as running, client_of(running) as client, channel_to(running) as channel:
+        stub, health = pb_grpc.TeacherServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+        old = asyncio.create_task(score(client))
+        await engine.started.wait()
+        stopping = asyncio.create_task(stop(running, drain_s=20))
+        await wait_for(lambda: running.calls.stopping)
+        for method, request in (
+            (stub.Score, encode_request(make_task(0, 20, 5))),
+            (stub.GetTeacher, pb.GetTeacherRequest()),
+        ):
+            with pytest.raises(grpc.RpcError) as raised:
+                await method(request, timeout=20)
+            assert type(from_rpc_error(raised.value)) is Unavailable
+        for service in ("", SERVICE):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=20)
+            assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert not stopping.done()
+        opened.set()
+        assert len((await old).sampled_logprobs) == 15
+        await stopping
+        assert engine.closing.is_set()
 
 
 async def test_work_left_when_the_drain_time_is_over_fails_as_unavailable() -> None:
     engine = FakeEngine(never)
-    async with in_process(engine) as running:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}") as channel:
-            request = encode_request(make_task(0, 20, 5))
-            call = asyncio.ensure_future(pb_grpc.TeacherServiceStub(channel).Score(request, timeout=20))
-            await engine.started.wait()
-            await stop(running, drain_s=0.1)
-            with pytest.raises(grpc.RpcError) as raised:
-                await call
-            assert type(from_rpc_error(raised.value)) is Unavailable
+    async with in_process(engine) as running, channel_to(running) as channel:
+        request = encode_request(make_task(0, 20, 5))
+        call = asyncio.ensure_future(pb_grpc.TeacherServiceStub(channel).Score(request, timeout=20))
+        await engine.started.wait()
+        await stop(running, drain_s=0.1)
+        with pytest.raises(grpc.RpcError) as raised:
+            await call
+        assert type(from_rpc_error(raised.value)) is Unavailable
 
 
 async def test_two_servers_never_share_a_port() -> None:

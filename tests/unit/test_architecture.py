@@ -67,7 +67,7 @@ def test_the_contract_needs_numpy_and_grpc_only() -> None:
 
 
 def test_the_head_needs_torch_and_the_contract_only() -> None:
-    assert outside_packages(LM_HEAD) <= {"torch", "stillhouse", "lm_head"}
+    assert outside_packages(LM_HEAD) <= {"torch", "transformers", "stillhouse", "lm_head"}
 
 
 def test_nothing_that_is_installed_imports_tests_benchmarks_or_examples() -> None:

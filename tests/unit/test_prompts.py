@@ -158,10 +158,13 @@ def test_a_broken_line_is_named_by_file_and_line(tmp_path, row, parts):
     _says(error, f"{path}:2: ", *parts)
 
 
-def test_an_empty_prompt_is_refused_by_name(tmp_path):
-    config = _file(tmp_path / "t.jsonl", {"prompt": "", "answer": "1"})
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+@pytest.mark.parametrize("frame", [None, "<s> $A"])
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_prompt_is_refused_by_name(tmp_path, template, frame, content):
+    config = _file(tmp_path / "t.jsonl", {"prompt": content, "answer": "1"})
     with pytest.raises(ValueError) as error:
-        load_prompts(config, _tokenizer())
+        load_prompts(config, _tokenizer(template, frame))
     _says(error, "t.jsonl:1", "empty")
 
 
@@ -222,9 +225,10 @@ def test_text_that_brings_its_own_bos_does_not_get_another():
     assert all(p.token_ids[0] == BOS and p.token_ids.count(BOS) == 1 for p in prompts)
 
 
-def test_text_that_brings_its_own_eos_keeps_it():
-    prompts = load_prompts(_chain_sum(template="{question}</s>"), _tokenizer(frame="<s> $A </s>"))
-    assert all(p.token_ids[-1] == EOS for p in prompts)
+@pytest.mark.parametrize("frame", [None, "<s> $A", "<s> $A </s>"])
+def test_text_that_brings_its_own_eos_keeps_it(frame):
+    prompts = load_prompts(_chain_sum(template="{question}</s>"), _tokenizer(frame=frame))
+    assert all(p.token_ids[-1] == EOS and p.token_ids.count(EOS) == 1 for p in prompts)
 
 
 def test_a_tokenizer_without_bos_gets_none():

@@ -428,6 +428,7 @@ async def test_cancelled_work_leaves_the_queue_and_never_reaches_the_model(llama
     await wait_for(lambda: engine.pending_tokens == 70)
     doomed.cancel()
     await wait_for(lambda: engine.pending_tokens == 30)
+    assert len(engine._queue) == 1  # a withdrawn request must not keep its arrays until the model is free
     gate.opened.set()
     await asyncio.gather(first, kept)
     assert doomed.cancelled()

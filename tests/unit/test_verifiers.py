@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -206,9 +207,19 @@ def test_math_that_never_ends_is_an_error_in_any_thread_and_not_a_wrong_answer()
     assert verifier(_prompt("1"), "1") == 1.0
 
 
-def test_a_huge_reference_that_is_quick_to_read_is_no_error():
-    verifier = _verifier(_prompt("9^{9^{9^9}}"), kind="math_verify", timeout_s=2)
-    assert verifier(_prompt("9^{9^{9^9}}"), "$9^{9^{9^9}}$") == 1.0
+@pytest.mark.parametrize(
+    ("answer", "what"), [(r"\frac{1}{0}", "ValueError"), ("9^{9^{9^9}}", "longer than 0.5 s (timeout_s)")]
+)
+def test_a_reference_that_math_verify_cannot_compare_is_an_error_at_the_start(answer, what):
+    with pytest.raises(ValueError) as error:
+        _verifier(_prompt("1"), _prompt(answer, key="t.jsonl:2"), kind="math_verify", timeout_s=0.5)
+    _says(error, "t.jsonl:2", repr(answer), "cannot work with", what)
+
+
+def test_math_verify_raising_is_no_wrong_answer(math):
+    with pytest.raises(VerifierError) as error:
+        math(_prompt(r"x \neq 3"), "$i < 2$")  # a comparison that it has no case for
+    _says(error, "t.jsonl:1", "'$i < 2$'", "KeyError", "on_error: drop")
 
 
 # exact and regex
@@ -432,11 +443,13 @@ def test_an_answer_passes_from_the_threshold_on(reward, threshold, correct):
 
 
 SERVING = """
-import sys
+import sys, time
 def lengths():
     def serve(request):
         print("printed")
         assert sys.stdin.read() == ""
+        if request is None:
+            time.sleep(60)
         return len(bytearray(request)) if isinstance(request, int) else len(request)
     return serve
 def refuse():
@@ -446,7 +459,7 @@ def refuse():
 
 @pytest.fixture
 def serving(tmp_path, monkeypatch) -> ModuleType:
-    """`lengths` counts bytes, or takes as many as a number says; it prints and reads, which must not matter."""
+    """`lengths` counts bytes, takes as many as a number says, or sleeps; it prints and reads, which must not matter."""
     name = f"serving_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(SERVING)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -463,6 +476,17 @@ def test_a_worker_cannot_take_the_machines_memory(serving):
     worker = Worker(serving.lengths, timeout_s=30)
     with pytest.raises(WorkerError, match="MemoryError"):
         worker(2 * MEMORY_BYTES)
+    assert worker("abc") == 3
+
+
+def test_a_worker_keeps_its_deadline_where_the_trainer_ignores_alarms(serving):
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        worker = Worker(serving.lengths, timeout_s=0.2)
+        with pytest.raises(TimeoutError, match=re.escape("longer than 0.2 s")):
+            worker(None)
+    finally:
+        signal.signal(signal.SIGALRM, before)
     assert worker("abc") == 3
 
 
