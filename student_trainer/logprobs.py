@@ -29,9 +29,9 @@ _MIN_SLICE = 256  # below this the matrix products lose more than the memory is 
 # A support entry is taken out of the walk by giving it this logit: exp() of it is 0, and unlike -inf it can be
 # subtracted from and multiplied by 0.
 _EXCLUDED = -1e30
-# The float32 products on a CPU go to oneDNN, which every x86 and ARM wheel of torch ships: torch.mm takes MKL, and
-# MKL takes half the speed on a processor that is not Intel's (measured: 95 against 200 GFLOP/s on a core of Zen 5).
-_ONEDNN = torch.backends.mkldnn.is_available()
+# float32 products on an x86 CPU go to oneDNN, which torch's wheels ship, and not through torch.mm to MKL, which uses
+# half of a processor that is not Intel's: 95 against 200 GFLOP/s on a core of Zen 5. The walk is all products.
+_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 class Gathered(NamedTuple):

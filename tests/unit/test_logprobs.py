@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from student_trainer import logprobs
 from student_trainer.logprobs import gathered_logprobs, support_logprobs
 from tests import oracles
 
@@ -312,6 +313,13 @@ def test_autocast_does_not_lower_the_precision():
             grads = torch.autograd.grad(out, leaves, upstream(*(x.shape for x in out)))
         results.append([*out, *grads])
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_ways_to_multiply_agree(monkeypatch, dtype):
+    """Where there is no oneDNN, torch.mm does it all."""
+    monkeypatch.setattr(logprobs, "_ONEDNN", False)
+    check_against_oracle(make(33, 97, 9, dtype), HEADS["everything"], 40)
 
 
 class _LargestTensor(TorchDispatchMode):

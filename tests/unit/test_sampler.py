@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from lm_head import load_causal_lm
 from student_trainer.config import RolloutConfig
 from student_trainer.prompts import Prompt
 from student_trainer.sampler import TransformersSampler
@@ -25,7 +26,7 @@ PROMPTS = [_prompt("a", [5, 6, 7]), _prompt("b", [9]), _prompt("c", [11, 12, 13,
 
 
 def _sampler(directory: Path, candidates: int = 3, **config) -> TransformersSampler:
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).train()
+    model = load_causal_lm(directory, torch.float32).train()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     return TransformersSampler(
         model, tokenizer, RolloutConfig(**config), vocabulary_size=VOCABULARY_SIZE, candidates=candidates
@@ -38,7 +39,9 @@ def _sample(sampler: TransformersSampler, answers: int = 4, seed: int = 1):
 
 @functools.cache
 def _double(directory: Path):
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
 
 
 def _reference(directory: Path, rollout, temperature: float) -> np.ndarray:
