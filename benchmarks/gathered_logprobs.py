@@ -57,15 +57,7 @@ def main() -> None:
                 of_name.append(_measure(name, tokens, options))
         rows += [_summary(tokens, name, of_name) for name, of_name in runs.items()]
     for row in rows:
-        base = (
-            next(r for r in rows if r["tokens"] == row["tokens"] and r["name"] == BASELINE.get(row["name"]))
-            if row["name"] in BASELINE
-            else None
-        )
-        if base and "time_s" in row and "time_s" in base:
-            row["time_ratio"] = row["time_s"] / base["time_s"]
-            row["cpu_ratio"] = row["cpu_s"] / base["cpu_s"]
-            row["extra_ratio"] = row["extra_mib"] / base["extra_mib"]
+        _compare(row, rows)
     print(f"error against float64 at T={options.reference_tokens} ...", file=sys.stderr)
     errors = _run_child("errors", options.reference_tokens, options)
     result = {"machine": _machine(options), "options": _shape(options), "rows": rows, "errors": errors}
@@ -125,6 +117,14 @@ def _summary(tokens: int, name: str, runs: list[dict[str, Any]]) -> dict[str, An
     return row
 
 
+def _compare(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Adds the ratios to the contender that this one is measured against."""
+    for base in rows:
+        if base["name"] == BASELINE.get(row["name"]) and base["tokens"] == row["tokens"]:
+            if "skipped" not in row and "skipped" not in base:
+                row |= {f"{what}_ratio": row[what] / base[what] for what in ("time_s", "cpu_s", "extra_mib")}
+
+
 def _available_gib() -> float:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -137,11 +137,8 @@ def _machine(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")
-    models = (
-        [x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.processor(),
         "cpu_count": os.cpu_count(),
@@ -164,16 +161,12 @@ def _table(result: dict[str, Any]) -> str:
         if "skipped" in row:
             lines.append(head + row["skipped"])
             continue
-        lines.append(
-            head + f"{row['time_s']:>8.2f}{row['cpu_s']:>8.2f}{row['peak_mib']:>10.0f}{row['extra_mib']:>11.0f}"
-            f"{row['others']:>8.2f}"
-            + (
-                f"   {CONTENDERS[BASELINE[row['name']]]}: time x{row['time_ratio']:.2f} (cpu x{row['cpu_ratio']:.2f}), "
-                f"extra 1/{1 / row['extra_ratio']:.0f}"
-                if "time_ratio" in row
-                else ""
-            )
-        )
+        line = f"{row['time_s']:>8.2f}{row['cpu_s']:>8.2f}{row['peak_mib']:>10.0f}{row['extra_mib']:>11.0f}"
+        line += f"{row['others']:>8.2f}"
+        if "time_s_ratio" in row:
+            line += f"   {CONTENDERS[BASELINE[row['name']]]}: time x{row['time_s_ratio']:.2f} "
+            line += f"(cpu x{row['cpu_s_ratio']:.2f}), extra x1/{1 / row['extra_mib_ratio']:.1f}"
+        lines.append(head + line)
     lines.append("others: processors that other programs kept busy meanwhile; times are only worth something near 0")
     lines.append(f"largest absolute error against float64, T={options['reference_tokens']} (of the largest value)")
     for name, errors in result["errors"].items():

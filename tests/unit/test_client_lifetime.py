@@ -17,6 +17,7 @@ from stillhouse.errors import (
     Cancelled,
     StillhouseError,
 )
+from stillhouse.loop_thread import LoopThread
 from tests.calls import QUICK, TOKENS, score, submit, until
 from tests.fakes import (
     FakeServer,
@@ -198,12 +199,24 @@ def test_a_client_dropped_without_closing_ends_its_thread_and_its_calls(server: 
     assert isinstance(future.exception(timeout=0), Cancelled)
 
 
+def test_a_loop_that_stops_cancels_what_still_runs_and_raises_what_the_last_work_raised() -> None:
+    async def last() -> None:
+        raise KeyError("the last work")
+
+    thread = LoopThread("test")
+    future = thread.submit(asyncio.sleep(3600.0))
+    with pytest.raises(KeyError, match="the last work"):
+        thread.stop(last)
+    assert future.cancelled()
+    assert not thread._thread.is_alive()
+
+
 # --- the whole process
 
 
 def run_python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-X", "dev", "-c", program, *arguments],
+        [sys.executable, "-W", "always", "-X", "faulthandler", "-c", program, *arguments],
         env=child_environment(),
         capture_output=True,
         text=True,

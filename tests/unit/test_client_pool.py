@@ -144,6 +144,7 @@ def test_a_server_that_comes_back_is_used_again() -> None:
             future.result(timeout=20)
         with FakeServer(port=server.port) as again:
             until(lambda: bool(score(client) and again.requests))
+        assert [s.failures for s in client._client._pool._servers] == [0, 0], "its next rest would be longer"
         assert not client.stats.failures
 
 

@@ -217,7 +217,7 @@ def test_text_without_a_template_gets_bos_once_and_no_eos(chat_template, frame):
     for prompt in load_prompts(_chain_sum(chat_template=chat_template), tokenizer):
         assert prompt.messages is None
         assert prompt.token_ids[0] == BOS and EOS not in prompt.token_ids
-        assert tokenizer.decode(prompt.token_ids[1:]) == prompt.text == prompt.entry["question"]
+        assert tokenizer.decode(list(prompt.token_ids[1:])) == prompt.text == prompt.entry["question"]
 
 
 def test_text_that_brings_its_own_bos_does_not_get_another():

@@ -18,7 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import reasoning_gym
+import yaml
 from pydantic import TypeAdapter, ValidationError
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from student_trainer.prompts import Prompt, PromptsConfig
 from student_trainer.verifier_config import VerifierConfig
@@ -541,3 +544,33 @@ def _running(pid: int) -> bool:
     # Where nobody reaps orphans it stays as a zombie, which runs no more.
     stat = Path(f"/proc/{pid}/stat")
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+# The documentation
+
+
+def test_the_example_of_the_documentation_runs_as_printed(tmp_path):
+    page = (ROOT / "docs" / "verifiers.md").read_text()
+    files = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)```$", page, re.MULTILINE | re.DOTALL))
+    assert set(files) == {"train.jsonl", "rewards.py", "my.yaml", "try_verifier.py"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(tmp_path / "models/my-student")
+    done = subprocess.run(
+        [sys.executable, "try_verifier.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])},
+        capture_output=True,
+        text=True,
+    )
+    (printed,) = re.findall(r"^```text\n(.*?)```$", page, re.MULTILINE | re.DOTALL)
+    assert done.stdout == printed, done.stderr
+
+
+def test_the_verifiers_of_the_documentation_are_valid():
+    page = (ROOT / "docs" / "verifiers.md").read_text()
+    lines = re.findall(r"^verifier: \{.*\}$", page, re.MULTILINE)
+    assert len(lines) == 5
+    for line in lines:
+        _verifier_config(**yaml.safe_load(line)["verifier"])
