@@ -165,8 +165,13 @@ def test_eval_prints_and_writes_the_same(tmp_path, capsys):
     prompts = {"source": "jsonl", "path": str(tmp_path / "prompts.jsonl")}
     prompts["verifier"] = {"kind": "python", "function": "tests.toy:share_of_small_words", "pass_threshold": 0.6}
     evaluation = {"prompts": prompts, "num_prompts": 6, "answers_per_prompt": 4, "k": [1, 4]}
-    done = _call(capsys, "eval", write_config(tmp_path, None, evaluation=evaluation, objective={"recipe": "grpo"}), "--out",
-                tmp_path / "eval.json")  # fmt: skip
+    done = _call(
+        capsys,
+        "eval",
+        write_config(tmp_path, None, evaluation=evaluation, objective={"recipe": "grpo"}),
+        "--out",
+        tmp_path / "eval.json",
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "eval.json").read_text())
 
@@ -191,8 +196,19 @@ def _texts(path: Path, rows: list[dict]) -> Path:
 def _score(capsys, served, tmp_path: Path, rows: list[dict], *options: object) -> Done:
     directory, address = served
     texts = _texts(tmp_path / "texts.jsonl", rows)
-    return _call(capsys, "score", "--teacher", address, "--tokenizer", directory, "--input", texts, "--output",
-                tmp_path / "scores", *options)  # fmt: skip
+    return _call(
+        capsys,
+        "score",
+        "--teacher",
+        address,
+        "--tokenizer",
+        directory,
+        "--input",
+        texts,
+        "--output",
+        tmp_path / "scores",
+        *options,
+    )
 
 
 ROWS = [
@@ -254,8 +270,18 @@ def test_score_refuses_what_cannot_be_scored_before_it_writes(served, tmp_path, 
 def test_score_refuses_another_models_tokenizer(served, tmp_path, capsys):
     save_student(tmp_path / "student")
     texts = _texts(tmp_path / "texts.jsonl", ROWS)
-    done = _call(capsys, "score", "--teacher", served[1], "--tokenizer", tmp_path / "student", "--input", texts, "--output",
-                tmp_path / "scores")  # fmt: skip
+    done = _call(
+        capsys,
+        "score",
+        "--teacher",
+        served[1],
+        "--tokenizer",
+        tmp_path / "student",
+        "--input",
+        texts,
+        "--output",
+        tmp_path / "scores",
+    )
     assert done.returncode == 2 and "is not the tokenizer of teacher 'oak'" in done.stderr
 
 
@@ -282,8 +308,12 @@ def test_every_command_of_the_readme_exists():
         elif words[0] == "teacher-server":
             done = subprocess.run(
                 [sys.executable, "-m", "teacher_server.cli", *words[1:]],
-                env=child_environment(), cwd=ROOT, capture_output=True, text=True, timeout=60,
-            )  # fmt: skip
+                env=child_environment(),
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
             assert "--model 'DIR'" in done.stderr or "--model DIR" in done.stderr, done.stderr
         else:
             assert words[:2] == ["pip", "install"], command
@@ -300,10 +330,21 @@ def test_the_demo_in_short(tmp_path):
     """Three steps of the demo: real server, both arms, table, picture."""
     start_s = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "examples/chain_sum/demo.py", "--out", str(tmp_path / "demo"), "steps=3",
-         "evaluation.num_prompts=24", "evaluation.every_steps=2"],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "examples/chain_sum/demo.py",
+            "--out",
+            str(tmp_path / "demo"),
+            "steps=3",
+            "evaluation.num_prompts=24",
+            "evaluation.every_steps=2",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     for name in ("teacher", "before", "grpo", "distilled"):

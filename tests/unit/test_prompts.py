@@ -180,7 +180,8 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 
 def test_a_relative_path_is_found_from_the_working_directory_and_then_from_the_configuration(tmp_path, monkeypatch):
     here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir(), there.mkdir()
+    here.mkdir()
+    there.mkdir()
     monkeypatch.chdir(here)
     config = _config(source="jsonl", path="t.jsonl", verifier={"kind": "exact"})
     with pytest.raises(ValueError) as error:
