@@ -23,7 +23,11 @@ node_modules/installed: package.json
 	npm install --no-audit --no-fund --no-package-lock --loglevel=error
 	@touch $@
 
-deps: .venv/development node_modules/installed ## install everything into .venv and node_modules
+.venv-proto/bin/python: scripts/generate_protos.sh
+	scripts/generate_protos.sh
+	@touch $@
+
+deps: .venv/development node_modules/installed .venv-proto/bin/python ## install everything into .venv and node_modules
 
 demo: .venv/programs ## train a student against a served teacher, and by GRPO alone; compare (12 minutes)
 	$(BIN)/python examples/chain_sum/demo.py $(ARGS)

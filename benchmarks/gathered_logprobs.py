@@ -87,8 +87,8 @@ def _shape(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(name: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
-    if name == "full":  # logits, log-probabilities, and two gradients of that size, beside the head and its gradient
-        need = 4 * (4 * tokens * options.vocab + 2 * options.vocab * options.dim) / 2**30
+    if name == "full":  # log-probabilities and two gradients of that size, the head and its gradient
+        need = 4 * (3 * tokens * options.vocab + 2 * options.vocab * options.dim) / 2**30
         free = _available_gib()
         if need > free:
             return {"skipped": f"does not fit: needs about {need:.0f} GiB, {free:.0f} GiB are free"}
@@ -119,10 +119,10 @@ def _summary(tokens: int, name: str, runs: list[dict[str, Any]]) -> dict[str, An
 
 def _compare(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Adds the ratios to the contender that this one is measured against."""
-    for base in rows:
-        if base["name"] == BASELINE.get(row["name"]) and base["tokens"] == row["tokens"]:
-            if "skipped" not in row and "skipped" not in base:
-                row |= {f"{what}_ratio": row[what] / base[what] for what in ("time_s", "cpu_s", "extra_mib")}
+    name, tokens = BASELINE.get(row["name"]), row["tokens"]
+    for base in (r for r in rows if r["name"] == name and r["tokens"] == tokens and "skipped" not in r):
+        if "skipped" not in row:
+            row |= {f"{what}_ratio": row[what] / base[what] for what in ("time_s", "cpu_s", "extra_mib")}
 
 
 def _available_gib() -> float:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_SLICE_BYTES = 8 * 2**20  # of one [T, slice] buffer: with its neighbours it stays in a shared cache
-_MIN_SLICE = 256  # below this the matrix products lose more than the memory is worth
+_SLICE_BYTES = 4 * 2**20  # of one [T, slice] buffer: with its neighbours it stays in a shared cache
+_MIN_SLICE = 512  # below this the matrix products lose more than the memory is worth
 # A support entry is taken out of the walk by giving it this logit: exp() of it is 0, and unlike -inf it can be
 # subtracted from and multiplied by 0.
 _EXCLUDED = -1e30

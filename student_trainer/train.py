@@ -45,6 +45,8 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.student.model)
     problems = _problems(config.prompts, tokenizer, folder)
     held_out = _held_out(config.evaluation, tokenizer, folder) if config.evaluation else None
+    if held_out:
+        _warn_of_overlap(problems.prompts, held_out.prompts)
     order = PromptOrder(problems.prompts, config.seed)
     with _refusing("rollout."):
         order.batch(0, config.rollout.prompts_per_step)  # more prompts a step than there are
@@ -144,8 +146,8 @@ def _refusing(field: str = "") -> Generator[None]:
         raise ConfigError(f"{field}{error}") from error
 
 
-def _problems(config: PromptsConfig, tokenizer: Any, folder: Path) -> _Problems:
-    with _refusing():
+def _problems(config: PromptsConfig, tokenizer: Any, folder: Path, within: str = "") -> _Problems:
+    with _refusing(within):
         prompts = load_prompts(config, tokenizer, folder=folder)
         verifier = build_verifier(config.verifier, config, prompts, folder=folder)
     on_error = config.verifier.on_error
@@ -157,13 +159,25 @@ def _problems(config: PromptsConfig, tokenizer: Any, folder: Path) -> _Problems:
 
 
 def _held_out(config: EvaluationConfig, tokenizer: Any, folder: Path) -> _Problems:
-    problems = _problems(config.prompts, tokenizer, folder)
+    problems = _problems(config.prompts, tokenizer, folder, "evaluation.")
     if len(problems.prompts) < config.num_prompts:
         raise ConfigError(
             f"evaluation.num_prompts: {config.num_prompts}, but evaluation.prompts gives {len(problems.prompts)}; "
             "lower it or give more prompts"
         )
     return _Problems(problems.prompts[: config.num_prompts], problems.judge, problems.pass_threshold)
+
+
+def _warn_of_overlap(prompts: list[Prompt], held_out: list[Prompt]) -> None:
+    """Held-out problems that are trained on measure memory; whether that is meant is the user's to say."""
+    trained = {prompt.text for prompt in prompts}
+    shared = sum(prompt.text in trained for prompt in held_out)
+    if shared:
+        print(
+            f"warning: {shared} of the {len(held_out)} held-out prompts are also trained on; give "
+            "evaluation.prompts another file, or a seed at least `size` away",
+            file=sys.stderr,
+        )
 
 
 def _evaluator(
