@@ -67,7 +67,9 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gathered_logprobs", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gathered_logprobs", description="The student's head: time, memory, error."
+    )
     parser.add_argument("--tokens", type=lambda s: [int(x) for x in s.split(",")], default=[1024, 4096])
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--dim", type=int, default=1024)
@@ -222,7 +224,8 @@ def _steps() -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from student_trainer import logprobs as module
+    from student_trainer import vocabulary_walk as walk
+    from student_trainer.logprobs import gathered_logprobs, support_logprobs
     from student_trainer.losses import forward_kl
 
     def backward(values, gradients):
@@ -233,17 +236,17 @@ def _steps() -> dict[str, Any]:
         return backward(F.linear(hidden, weight).log_softmax(-1).gather(1, ids), gradients)
 
     def ours(hidden, weight, ids, gradients, *_):
-        return backward(module.gathered_logprobs(hidden, weight, ids).logprobs, gradients)
+        return backward(gathered_logprobs(hidden, weight, ids).logprobs, gradients)
 
     def ours_mm(*inputs):
-        onednn, module._ONEDNN = module._ONEDNN, False
+        onednn, walk._ONEDNN = walk._ONEDNN, False
         try:
             return ours(*inputs)
         finally:
-            module._ONEDNN = onednn
+            walk._ONEDNN = onednn
 
     def ours_kl(hidden, weight, ids, _, teacher, teacher_tail):
-        support = module.support_logprobs(hidden, weight, ids)
+        support = support_logprobs(hidden, weight, ids)
         return backward(forward_kl(support.logprobs, teacher, support.log_tail, teacher_tail).sum(), None)
 
     def trl(hidden, weight, ids, _, teacher, __):
@@ -279,7 +282,7 @@ def _errors(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     result = {}
     for name, step in _steps().items():
         inputs[0].grad = inputs[1].grad = None
-        got = step(*inputs), inputs[0].grad, inputs[1].grad
+        got: list[Any] = [step(*inputs), inputs[0].grad, inputs[1].grad]
         wanted = expected["kl" if name in ("ours_kl", "trl") else "logprobs"]
         result[name] = {
             what: {"error": float((a.double() - b).abs().max()), "of": float(b.abs().max())}

@@ -61,7 +61,11 @@ def _dispatch(options: argparse.Namespace) -> int:
             return 0
         config = load_config(options.config, options.overrides)
         folder = options.config.resolve().parent
+        from transformers.utils import logging
+
         from student_trainer.train import evaluate_only, train
+
+        logging.disable_progress_bar()  # ours is one line a step
 
         if options.command == "train":
             print(json.dumps(train(config, folder), indent=2))

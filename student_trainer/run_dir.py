@@ -24,7 +24,10 @@ class RunDir:
         self.path = config.run_dir
         self._keep = config.checkpoints.keep
         self._samples_per_step = config.samples_per_step
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run_dir: {self.path} cannot be made ({error.strerror}); choose another") from error
         (self.path / "config.yaml").write_text(dump_config(config))
         self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
         self._samples = (self.path / "samples.jsonl").open("a", buffering=1)

@@ -72,8 +72,8 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
         warmup = max(1, config.optimizer.warmup_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / warmup))
         policy, optimizer = accelerator.prepare(Policy(model, size), optimizer)
+        exporter = _exporter(config.metrics_port) if config.metrics_port is not None else None
         run_dir = RunDir(config)
-        exporter = Exporter(config.metrics_port) if config.metrics_port is not None else None
         assess = None
         if held_out and config.evaluation:
             assess = _evaluator(config, config.evaluation, held_out, sampler)
@@ -197,6 +197,13 @@ def _evaluator(
         return result
 
     return assess
+
+
+def _exporter(port: int) -> Exporter:
+    try:
+        return Exporter(port)
+    except OSError as error:
+        raise ConfigError(f"metrics_port: {port} cannot be used ({error.strerror}); 0 takes a free one") from error
 
 
 def _optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 from pathlib import Path
 
 import grpc
@@ -196,6 +197,7 @@ def test_a_used_run_directory_is_refused_and_left_alone(teacher, tmp_path):
         (("prompts.path=nowhere.jsonl",), "nowhere.jsonl"),
         (("teacher.top_k=20",), "teacher.top_k: 20"),
         (("rollout.max_new_tokens=5000",), "rollout.max_new_tokens: 5000"),
+        (("run_dir=/proc/nowhere/run",), "run_dir: /proc/nowhere/run cannot be made"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(teacher, tmp_path, overrides, message):
@@ -203,6 +205,22 @@ def test_what_cannot_work_is_refused_before_anything_is_written(teacher, tmp_pat
         _run(tmp_path, teacher, *overrides)
     assert not (tmp_path / "run").exists()
     assert teacher.calls["Score"] == 0
+
+
+def test_a_metrics_port_that_is_taken_is_refused_before_anything_is_written(teacher, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match=r"metrics_port: \d+ cannot be used .* 0 takes a free one"):
+            _run(tmp_path, teacher, f"metrics_port={taken.getsockname()[1]}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_prompts_that_are_trained_on_are_pointed_out(teacher, tmp_path, capsys):
+    prompts = toy_config(tmp_path, teacher.address).prompts.model_dump(mode="json")
+    evaluation = {"prompts": prompts, "num_prompts": 5, "answers_per_prompt": 1, "k": [1]}
+    _run(tmp_path, teacher, "steps=1", evaluation=evaluation)
+    assert "warning: 5 of the 5 held-out prompts are also trained on" in capsys.readouterr().err
 
 
 def test_a_verifier_that_raises_names_the_sample_and_stops_the_run(teacher, tmp_path):

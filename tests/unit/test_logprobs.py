@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from student_trainer import logprobs
+from student_trainer import vocabulary_walk
 from student_trainer.logprobs import gathered_logprobs, support_logprobs
 from tests import oracles
 
@@ -129,20 +129,22 @@ def test_repeated_ids_are_worth_what_they_are_one_by_one():
     assert_near(together.entropy, oracles.scores(oracles.logits(*arrays(hidden, weight, bias)), ids)[1], 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("slice_size", [1, 2, 13, 96, 97, 500])
-def test_the_slice_size_changes_nothing(slice_size):
-    hidden, weight, bias, ids, present = make(7, 97, 20)
+def test_the_slice_size_changes_nothing(slice_size, dtype):
+    hidden, weight, bias, ids, present = make(7, 97, 20, dtype)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     results = []
     for size in (slice_size, None):
         out = support_logprobs(hidden, weight, ids, present=present, bias=bias, slice_size=size)
-        grads = torch.autograd.grad(out, leaves, upstream(*(x.shape for x in out), dtype=torch.float64))
+        grads = torch.autograd.grad(out, leaves, upstream(*(x.shape for x in out), dtype=dtype))
         results.append([*out, *grads])
-    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*results, rtol=0, atol=10 * TOLERANCE[dtype])
 
 
-def test_no_tokens_give_empty_results_and_zero_gradients():
-    hidden, weight, bias, ids, present = make(0, 11, 3)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_no_tokens_give_empty_results_and_zero_gradients(dtype):
+    hidden, weight, bias, ids, present = make(0, 11, 3, dtype)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     out = support_logprobs(hidden, weight, ids, present=present, bias=bias, slice_size=4)
     assert [tuple(x.shape) for x in out] == [(0, 3), (0,), (0,)]
@@ -158,9 +160,10 @@ def test_no_ids_leave_everything_in_the_tail():
     assert_near(out.log_tail, np.zeros(4), 1e-12)
 
 
-def test_inputs_need_not_be_contiguous():
-    hidden, weight, bias, ids, present = make(7, 97, 9)
-    padded = torch.full((128, 10), math.nan, dtype=torch.float64)  # a padded head, every second column
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_inputs_need_not_be_contiguous(dtype):
+    hidden, weight, bias, ids, present = make(7, 97, 9, dtype)
+    padded = torch.full((128, 10), math.nan, dtype=dtype)  # a padded head, every second column
     padded[:97, ::2] = weight
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     views = [hidden.t().contiguous().t(), padded[:97, ::2].requires_grad_(), bias.repeat_interleave(2)[::2]]
@@ -170,10 +173,9 @@ def test_inputs_need_not_be_contiguous():
         views[0], views[1], ids.t().contiguous().t(), present=present, bias=views[2], slice_size=40
     )
     torch.testing.assert_close(actual, expected)
-    cotangents = upstream(*(x.shape for x in expected), dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.autograd.grad(actual, views, cotangents), torch.autograd.grad(expected, leaves, cotangents)
-    )
+    cotangents = upstream(*(x.shape for x in expected), dtype=dtype)
+    grads = torch.autograd.grad(actual, views, cotangents), torch.autograd.grad(expected, leaves, cotangents)
+    torch.testing.assert_close(*grads, rtol=0, atol=10 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
@@ -318,7 +320,7 @@ def test_autocast_does_not_lower_the_precision():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_both_ways_to_multiply_agree(monkeypatch, dtype):
     """Where there is no oneDNN, torch.mm does it all."""
-    monkeypatch.setattr(logprobs, "_ONEDNN", False)
+    monkeypatch.setattr(vocabulary_walk, "_ONEDNN", False)
     check_against_oracle(make(33, 97, 9, dtype), HEADS["everything"], 40)
 
 
