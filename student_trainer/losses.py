@@ -157,7 +157,7 @@ def _buckets(
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """p log(p / q) of each bucket; 0 with zero gradient where p is 0 (-inf)."""
+    """p log(p / q) of each bucket; where p is 0 (-inf) the constant 1 log(1 / 1), which has no gradient."""
     counts = p != -math.inf
     p, q = torch.where(counts, p, 0.0), torch.where(counts, q, 0.0)
-    return torch.where(counts, p.exp() * (p - q), 0.0)
+    return p.exp() * (p - q)

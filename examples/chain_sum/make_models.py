@@ -6,9 +6,9 @@ one-digit terms, and its solution is the five running sums:
     4 + 1 + 7 - 7 + 7 - 6   ->   5 12 5 12 6
 
 The teacher learns right solutions, from nothing. The student is the teacher, trained further on solutions of somebody
-who has misremembered a third of the 200 facts "a sum that ends in a, plus or minus b": each of these facts has one
-wrong result, off by 1 to 3, which is given nine times in ten. The sums after it continue from the wrong value. So the
-student knows the form of a solution and most of the facts, but its most likely answer to the others is wrong: no
+who has misremembered about a third of the 200 facts "a sum that ends in a, plus or minus b": each of these facts has
+one wrong result, off by 1 to 3, which is given nine times in ten. The sums after it continue from the wrong value. So
+the student knows the form of a solution and most of the facts, but its most likely answer to the others is wrong: no
 sharper sampling helps it, it has to learn each of them.
 
 Problems are drawn as reasoning-gym draws them (digits and signs uniform) but by another generator, and every
@@ -20,6 +20,7 @@ nothing that a model was trained on here.
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from functools import partial
@@ -44,7 +45,7 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-MAX_NEW_TOKENS = 24  # the longest right solution has 19 characters and <eos>
+MAX_NEW_TOKENS = 24  # the longest right solution, -9 -18 -27 -36 -45, has 18 characters and <eos>
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -162,8 +163,8 @@ def train(
 ) -> None:
     """Warm-up of 50 steps, linear decay to zero over the last half; prints a line every 50 steps.
 
-    Muon for the matrices of the layers, AdamW for the embedding and the norms: on this task AdamW alone needs
-    several times the steps (loss after 350 steps 0.57 against 0.08 nats a token).
+    Muon at `lr` for the matrices of the layers, AdamW at a seventh of it for the embedding and the norms: on this
+    task AdamW alone needs several times the steps (loss after 350 steps 0.57 against 0.08 nats a token).
     """
     layers = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     rest = [weight for weight in model.parameters() if not any(weight is layer for layer in layers)]
@@ -191,15 +192,12 @@ def train(
             print(f"{name} step {step}/{steps} loss {loss.item():.4f} nats/token {elapsed:.0f} s", flush=True)
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: LlamaForCausalLM, folder: Path) -> None:
     """A float16 checkpoint; the model in memory keeps its float32 weights."""
     model.generation_config.do_sample = True
     model.generation_config.max_new_tokens = MAX_NEW_TOKENS
-    half = LlamaForCausalLM(model.config).half()
-    half.load_state_dict(model.state_dict())
-    half.generation_config = model.generation_config
-    half.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    copy.deepcopy(model).half().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)  # a new one: a used one would carry its last padding along
     print(f"saved {folder} ({sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.2f} MB)", flush=True)
 
 
@@ -230,9 +228,9 @@ def main() -> None:
     draw = partial(make_batch, tokenizer, rng, args.batch, reserved_keys())
     offsets = misremember(rng, args.share)
     train(model, partial(draw, offsets, 0.0), args.teacher_steps, args.teacher_lr, "teacher")
-    save(model, tokenizer, args.out / "teacher")
+    save(model, args.out / "teacher")
     train(model, partial(draw, offsets, args.slip), args.student_steps, args.student_lr, "student")
-    save(model, tokenizer, args.out / "student")
+    save(model, args.out / "student")
 
 
 if __name__ == "__main__":
