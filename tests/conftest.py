@@ -1,9 +1,14 @@
 """What every test may use. Servers live in this process on 127.0.0.1 and take a free port."""
 
+import os
 import socket
 from collections.abc import Iterator
 
 import pytest
+
+# Tiny models gain nothing from threads, and several programs at once would fight for the cores. Before torch is
+# imported, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from stillhouse.client import TeacherClient
 from tests.calls import QUICK
