@@ -25,7 +25,7 @@ BIN = Path(sys.executable).parent
 # Each arm at the settings that served it best in a sweep; see docs/demo.md.
 ARMS = {
     "distilled": [],
-    "grpo": ["objective.recipe=grpo", "optimizer.learning_rate=2e-4", "optimizer.updates_per_step=2"],
+    "grpo": ["objective.recipe=grpo", "optimizer.learning_rate=3e-4", "optimizer.updates_per_step=2"],
 }
 
 

@@ -111,7 +111,14 @@ def test_an_interrupted_run_leaves_whole_files_and_its_checkpoints(teacher, tmp_
     config = write_config(tmp_path, teacher.address)
     command = [*TRAINER, "train", str(config), "steps=10000", "checkpoints.every_steps=2"]
     with subprocess.Popen(
-        command, env=child_environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=child_environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells start background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:
