@@ -174,6 +174,32 @@ def test_evaluation_before_during_and_after(teacher, tmp_path):
     assert again == summary["before"]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("student.dtype=bfloat16",),
+        ("student.gradient_checkpointing=true",),
+        ("teacher.wire_dtype=float16",),
+        ("teacher.top_k=0",),
+        ("teacher.candidates=0",),
+        ("rollout.temperature=0.7", "objective.temperature=2.0"),
+        ("rollout.stop=[w5]", "rollout.top_p=0.9", "rollout.batch_size=5"),
+        ("prompts.chat_template=never", "optimizer.warmup_steps=3", "optimizer.weight_decay=0.1"),
+    ],
+)
+def test_every_way_to_run_trains(teacher, tmp_path, overrides):
+    rows = _metrics(_run(tmp_path, teacher, "steps=2", *overrides))
+    assert len(rows) == 2 and all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+
+
+def test_gradient_checkpointing_changes_nothing(teacher, tmp_path):
+    plain, saved = (
+        _metrics(_run(tmp_path / name, teacher, "steps=1", f"student.gradient_checkpointing={value}"))[0]
+        for name, value in (("plain", "false"), ("saved", "true"))
+    )
+    assert plain["grad_norm"] == pytest.approx(saved["grad_norm"], rel=1e-5)
+
+
 def test_several_updates_a_step_each_see_whole_groups(teacher, tmp_path):
     rows = _metrics(_run(tmp_path, teacher, "steps=2", "optimizer.updates_per_step=3"))
     # Later updates of a step are off policy, so the student has moved away from the sampler.

@@ -257,6 +257,8 @@ def test_an_interrupt_ends_the_wait_and_the_call_and_the_client_goes_on(server: 
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # Shells start background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     server.wait_for(lambda s: s.in_flight == 1)
     process.send_signal(signal.SIGINT)
