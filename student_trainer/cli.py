@@ -50,7 +50,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _dispatch(options: argparse.Namespace) -> int:
-    from stillhouse.errors import StillhouseError
     from student_trainer.config import ConfigError, load_config
 
     try:
@@ -80,12 +79,12 @@ def _dispatch(options: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"student-trainer: nothing was started:\n{error}", file=sys.stderr)
         return 2
-    except (StillhouseError, ArithmeticError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:
         return _failed(error)
 
 
 def _failed(error: Exception) -> int:
-    """Says what ended the run. Errors that are ours are one message; anything else keeps its traceback."""
+    """Says in one message what ended the run; what nobody foresaw is raised on, with its traceback."""
     from stillhouse.errors import StillhouseError
     from student_trainer.objective import NonFiniteLoss
     from student_trainer.verifiers import VerifierError

@@ -7,6 +7,7 @@ import numpy as np
 from student_trainer.config import EvaluationConfig
 from student_trainer.experience import Judge
 from student_trainer.passrate import bootstrap_interval, pass_at_k
+from student_trainer.progress import Heartbeat
 from student_trainer.prompts import Prompt
 from student_trainer.sampler import Sampler
 
@@ -28,7 +29,9 @@ def evaluate(
     rewards: dict[str, list[float]] = {prompt.key: [] for prompt in prompts}
     lengths: list[int] = []
     dropped = 0
+    heartbeat = Heartbeat("evaluation", len(prompts) * config.answers_per_prompt)
     for lot in sampler.sample(prompts, config.answers_per_prompt, seed=seed):
+        heartbeat.advance(len(lot))
         for rollout in lot:
             reward = judge(rollout.prompt, rollout.text)
             lengths.append(len(rollout.response_ids))

@@ -18,6 +18,7 @@ from student_trainer.advantages import group_advantages
 from student_trainer.batch import Rollout, Sample
 from student_trainer.objective_config import Paced
 from student_trainer.passrate import PassRates, paced_weights
+from student_trainer.progress import Heartbeat
 from student_trainer.prompts import Prompt
 from student_trainer.sampler import Sampler
 from student_trainer.scoring import Scorer, gather
@@ -57,6 +58,7 @@ def collect(
     judged: list[tuple[Rollout, float, Future[Scores] | None]] = []
     dropped = 0
     rollout_s = reward_s = 0.0
+    heartbeat = Heartbeat("rollouts", len(prompts) * answers)
     mark_s = time.monotonic()
     for lot in sampler.sample(prompts, answers, seed=seed):
         rollout_s += time.monotonic() - mark_s
@@ -70,6 +72,7 @@ def collect(
                 judged.append((rollout, reward, future))
         reward_s += time.monotonic() - mark_s
         mark_s = time.monotonic()
+        heartbeat.advance(len(lot))
     rollout_s += time.monotonic() - mark_s
     mark_s = time.monotonic()
     wanted = [future for _, _, future in judged if future is not None]

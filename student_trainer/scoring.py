@@ -1,7 +1,6 @@
 """The trainer's side of the teacher pool: checks at start, and rollouts in, scores out."""
 
 import sys
-import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
@@ -11,6 +10,7 @@ from stillhouse.errors import StillhouseError
 from stillhouse.vocabulary import vocabulary_digest
 from student_trainer.batch import Rollout, candidates_for_teacher
 from student_trainer.config import ConfigError, RunConfig, TeacherConfig
+from student_trainer.progress import Heartbeat
 
 
 class Scorer:
@@ -112,20 +112,14 @@ def gather(futures: list[Future[Scores]], *, note_every_s: float = 10.0) -> list
 
     The first failure is raised at once and the rest withdrawn. Each call carries its own deadline, so this ends.
     """
-    start_s = shown_s = time.monotonic()
+    heartbeat = Heartbeat("waiting for the teacher's scores", len(futures), every_s=note_every_s)
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=note_every_s, return_when=FIRST_COMPLETED)
+        heartbeat.advance(len(done))
         for future in done:
             if future.exception() is not None:
                 for other in pending:
                     other.cancel()
                 future.result()
-        if pending and time.monotonic() - shown_s >= note_every_s:
-            shown_s = time.monotonic()
-            print(
-                f"waiting for the teacher: {len(pending)} of {len(futures)} scores missing after "
-                f"{shown_s - start_s:.0f} s",
-                file=sys.stderr,
-            )
     return [future.result() for future in futures]

@@ -200,6 +200,15 @@ def test_gradient_checkpointing_changes_nothing(teacher, tmp_path):
     assert plain["grad_norm"] == pytest.approx(saved["grad_norm"], rel=1e-5)
 
 
+def test_a_step_whose_prompts_all_weigh_nothing_changes_nothing(teacher, tmp_path):
+    """Every answer passes, so PACED gives every prompt weight zero."""
+    objective = {"divergences": [{"kind": "reverse_kl"}, {"kind": "sinkhorn"}], "prompt_weights": {}}
+    run = _run(tmp_path, teacher, "steps=1", "prompts.verifier.pass_threshold=0.0", objective=objective)
+    assert _metrics(run)[0]["weightless_share"] == 1.0 and _metrics(run)[0]["loss"] == 0.0
+    before, after = _weights(tmp_path / "student"), _weights(run / "checkpoints" / "step-1")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_several_updates_a_step_each_see_whole_groups(teacher, tmp_path):
     rows = _metrics(_run(tmp_path, teacher, "steps=2", "optimizer.updates_per_step=3"))
     # Later updates of a step are off policy, so the student has moved away from the sampler.

@@ -143,7 +143,7 @@ def test_gathering_keeps_the_order_and_says_when_it_waits(capsys):
 
     threading.Timer(0.5, finish_late).start()
     assert gather(futures, note_every_s=0.1) == ["a", "b", "c"]
-    assert "1 of 3 scores missing" in capsys.readouterr().err
+    assert "waiting for the teacher's scores: 2 of 3, 0 s" in capsys.readouterr().err
 
 
 def test_the_first_failure_is_raised_at_once_and_the_rest_withdrawn():
