@@ -106,8 +106,8 @@ def train_step(parts: Parts, samples: list[Sample], step: int) -> dict[str, Any]
     start_s = time.monotonic()
     learning_rate = parts.learning_rate.get_last_lr()[0]
     updates = _split_by_group(samples, config.optimizer.updates_per_step)
-    for chosen in updates:
-        loss += _update(parts, chosen, step, meter, student_logprobs) / len(updates)
+    for index, chosen in enumerate(updates):
+        loss += _update(parts, chosen, step, meter, student_logprobs, first=index == 0) / len(updates)
         grad_norm = max(grad_norm, _apply(parts, step))
     parts.run_dir.samples(step + 1, samples, [student_logprobs[id(sample)] for sample in samples])
     return {
@@ -151,7 +151,7 @@ def _update(
         )
         token = token_losses(config.objective, step, batch, support, policy_logprobs)
         loss = reduce_loss(token, batch, step + 1)
-        observe(meter, batch, support, policy_logprobs, token)
+        observe(meter, batch, support, policy_logprobs, token, first_update=first)
         _note_logprobs(batch, policy_logprobs, student_logprobs)
         if loss.requires_grad:  # not so if every coefficient is zero at this step
             parts.accelerator.backward(loss)

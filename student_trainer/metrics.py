@@ -43,12 +43,24 @@ class TokenMeter:
 
 
 @torch.no_grad()
-def observe(meter: TokenMeter, batch: Batch, support: Support, policy_logprobs: Tensor, token: TokenLosses) -> None:
-    """Adds what is worth knowing of a micro-batch to `meter`. Nats."""
+def observe(
+    meter: TokenMeter,
+    batch: Batch,
+    support: Support,
+    policy_logprobs: Tensor,
+    token: TokenLosses,
+    *,
+    first_update: bool,
+) -> None:
+    """Adds what is worth knowing of a micro-batch to `meter`. Nats.
+
+    first_update: the student has not been updated since it sampled, so any gap to the sampler is an error.
+    """
     meter.add("entropy", support.entropy)
-    gap = policy_logprobs - batch.sampler_logprobs
-    meter.add("sampler_gap", gap.abs())
-    meter.highest("sampler_gap_max", gap.abs())
+    gap = (policy_logprobs - batch.sampler_logprobs).abs()
+    name = "sampler_gap" if first_update else "off_policy_gap"
+    meter.add(name, gap)
+    meter.highest(f"{name}_max", gap)
     for name, values in token.terms.items():
         meter.add(f"term_{name}", values)
     if token.clipped is not None:
