@@ -125,6 +125,8 @@ def _update(
     step: int,
     meter: TokenMeter,
     student_logprobs: dict[int, list[float]],
+    *,
+    first: bool,
 ) -> float:
     """Gradients of one update, micro-batch by micro-batch; returns the loss.
 
