@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from stillhouse.codec import Scores
-from student_trainer.advantages import group_advantages
+from student_trainer.advantages import group_advantages, group_failed
 from student_trainer.batch import Rollout, Sample
 from student_trainer.objective_config import Paced
 from student_trainer.passrate import PassRates, paced_weights
@@ -106,7 +106,7 @@ def _judged_samples(
     for index, (key, group) in enumerate(groups.items()):
         rewards = torch.tensor([[reward for _, reward, _ in group]], dtype=torch.float64)
         advantages = group_advantages(rewards, normalise_std=normalise_std)[0].tolist()
-        failed = not any(reward >= pass_threshold for _, reward, _ in group)
+        failed = bool(group_failed(rewards >= pass_threshold)[0, 0])
         for (rollout, reward, score), advantage in zip(group, advantages, strict=True):
             samples.append(
                 Sample(

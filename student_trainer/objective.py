@@ -84,7 +84,7 @@ def _mask(kind: Mask, batch: Batch) -> Tensor:
         case "all":
             return torch.ones_like(batch.advantages)
         case "failed":
-            return (~batch.passed).float()
+            return advantages.failed(batch.passed)
         case "group_failed":
             return batch.group_failed.float()
         case "passed":
@@ -146,6 +146,7 @@ def _surrogate(
         advantage,
         alpha=config.alpha,
         log_ratio_clamp=config.log_ratio_clamp,
+        straight_through=config.straight_through,
         clip_low=low,
         clip_high=high,
     )

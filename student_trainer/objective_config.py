@@ -78,6 +78,8 @@ class PolicyGradient(ConfigModel):
     """trrd only: weight of the sampler in the anchor; 1 is ppo_clip."""
     log_ratio_clamp: float = Field(default=1.0, gt=0.0)
     """trrd only: bound on |log student - log teacher| before mixing, nats."""
+    straight_through: bool = False
+    """trrd only: let the gradient pass that bound (the paper does not say whether it does)."""
     reward: Coefficient = 1.0
     """Multiplies the group advantage of the rewards."""
     reward_mask: Mask = "all"
