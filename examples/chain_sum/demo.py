@@ -32,12 +32,11 @@ ARMS = {
 def main() -> None:
     """Runs the demo; exit status 1 if any of its programs fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="replaced if it exists")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="an earlier demo there is replaced")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, for example steps=5")
     options = parser.parse_args()
     start_s = time.monotonic()
-    shutil.rmtree(options.out, ignore_errors=True)
-    options.out.mkdir(parents=True)
+    _clear(options.out)
     with _teacher(options.out) as address:
         common = [f"teacher.addresses=[{address!r}]", *options.overrides]
         teacher = _evaluate(HERE / "models" / "teacher", options.out / "teacher.json", common)
@@ -105,6 +104,14 @@ def draw_curves(out: Path, summary: dict[str, Any]) -> None:
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "curves.png", dpi=120)
+
+
+def _clear(out: Path) -> None:
+    """An empty directory `out`; only what an earlier demo left is removed."""
+    if out.exists() and any(out.iterdir()) and not (out / "teacher.log").is_file():
+        sys.exit(f"--out: {out} holds something that is not an earlier demo; choose another directory")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
 
 
 @contextmanager

@@ -332,6 +332,15 @@ def test_files_that_the_docs_link_to_exist():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_the_demo_never_removes_what_is_not_a_demo(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = subprocess.run(
+        [sys.executable, "examples/chain_sum/demo.py", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "not an earlier demo" in done.stderr
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
 @pytest.mark.slow
 def test_the_demo_in_short(tmp_path):
     """Three steps of the demo: real server, both arms, table, picture."""
