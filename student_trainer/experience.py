@@ -68,6 +68,8 @@ def collect(
             reward = judge(rollout.prompt, rollout.text)
             if reward is None:
                 dropped += 1
+                if future is not None:
+                    future.cancel()  # nobody will read its scores
             else:
                 judged.append((rollout, reward, future))
         reward_s += time.monotonic() - mark_s

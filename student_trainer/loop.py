@@ -134,12 +134,13 @@ def _update(
     """
     config = parts.config
     weights = _reduction_weights(samples, config)
+    ends = eos_ids(parts.policy.model, parts.tokenizer)
     total = 0.0
     for lot in micro_batches(samples, config.optimizer.micro_batch_tokens):
         batch = pack(
             lot,
             [weights[id(sample)] for sample in lot],
-            eos_ids=eos_ids(parts.policy.model, parts.tokenizer),
+            eos_ids=ends,
             pad_id=parts.tokenizer.pad_token_id or 0,
         ).to(parts.accelerator.device)
         support, policy_logprobs = parts.policy(

@@ -97,13 +97,12 @@ def _check_fit(config: RunConfig, teacher: TeacherConfig, served: Teacher, token
         )
 
 
-def check_lengths(longest_prompt: int, max_new_tokens: int, served: Teacher) -> None:
-    """Raises ConfigError if an answer of full length would not fit the teacher."""
-    if longest_prompt + max_new_tokens > served.max_sequence_tokens:
+def check_lengths(longest_prompt: int, max_new_tokens: int, limit: int, who: str) -> None:
+    """Raises ConfigError if an answer of full length would not fit the `limit` tokens of `who`."""
+    if longest_prompt + max_new_tokens > limit:
         raise ConfigError(
             f"rollout.max_new_tokens: {max_new_tokens} after a prompt of {longest_prompt} tokens is more than the "
-            f"teacher's {served.max_sequence_tokens}; lower it to "
-            f"{served.max_sequence_tokens - longest_prompt} or set prompts.max_prompt_tokens"
+            f"{who}'s {limit}; lower it to {limit - longest_prompt} or set prompts.max_prompt_tokens"
         )
 
 

@@ -53,12 +53,13 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
     scorer = connect(config, config.teacher, tokenizer) if config.teacher and config.objective.needs_teacher else None
     try:
         if scorer:
-            longest = max(len(prompt.token_ids) for prompt in problems.prompts)
-            check_lengths(longest, config.rollout.max_new_tokens, scorer.teacher)
+            limit = scorer.teacher.max_sequence_tokens
+            check_lengths(_longest(problems.prompts), config.rollout.max_new_tokens, limit, "teacher")
         set_seed(config.seed)
         with _refusing("student.model: "):
             model = load_model(config.student)
             size = student_vocabulary(model, tokenizer)
+        _check_context(config, model, problems.prompts + (held_out.prompts if held_out else []))
         candidates = config.teacher.candidates if scorer and config.teacher else 0
         sampler = TransformersSampler(model, tokenizer, config.rollout, vocabulary_size=size, candidates=candidates)
         # accelerate places and scales; it must not choose another device than the configuration does.
@@ -108,6 +109,7 @@ def evaluate_only(config: RunConfig, folder: Path) -> dict[str, Any]:
     with _refusing("student.model: "):
         model = load_model(config.student)
         size = student_vocabulary(model, tokenizer)
+    _check_context(config, model, held_out.prompts)
     sampler = TransformersSampler(model, tokenizer, config.rollout, vocabulary_size=size, candidates=0)
     return _evaluator(config, config.evaluation, held_out, sampler)(0)
 
@@ -166,6 +168,17 @@ def _held_out(config: EvaluationConfig, tokenizer: Any, folder: Path) -> _Proble
             "lower it or give more prompts"
         )
     return _Problems(problems.prompts[: config.num_prompts], problems.judge, problems.pass_threshold)
+
+
+def _longest(prompts: list[Prompt]) -> int:
+    return max(len(prompt.token_ids) for prompt in prompts)
+
+
+def _check_context(config: RunConfig, model: Any, prompts: list[Prompt]) -> None:
+    """Refuses answers that would run past the positions the student knows."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None:
+        check_lengths(_longest(prompts), config.rollout.max_new_tokens, limit, "student")
 
 
 def _warn_of_overlap(prompts: list[Prompt], held_out: list[Prompt]) -> None:

@@ -27,7 +27,7 @@ _MIN_SLICE = 512  # below this the matrix products lose more than the memory is 
 # subtracted from and multiplied by 0.
 _EXCLUDED = -1e30
 # float32 products on an x86 CPU go to oneDNN, which torch's wheels ship, and not through torch.mm to MKL, which uses
-# half of a processor that is not Intel's: 95 against 200 GFLOP/s on a core of Zen 5. The walk is all products.
+# about half of a processor that is not Intel's; the benchmark has a row of each. The walk is all products.
 _ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability().startswith("AVX")

@@ -43,7 +43,7 @@ def _run(folder: Path, server: FakeServer | None, *overrides: str, **changes) ->
     return config.run_dir
 
 
-def _same_weights(a: Path, b: Path, steps: int) -> None:
+def _assert_same_weights(a: Path, b: Path, steps: int) -> None:
     ours, theirs = (_weights(run / "checkpoints" / f"step-{steps}") for run in (a, b))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -61,7 +61,7 @@ def test_ten_steps_give_the_golden_figures(teacher, tmp_path):
 
 
 def test_the_same_run_twice_gives_the_same_weights_bit_for_bit(teacher, tmp_path):
-    _same_weights(_run(tmp_path / "a", teacher), _run(tmp_path / "b", teacher), 10)
+    _assert_same_weights(_run(tmp_path / "a", teacher), _run(tmp_path / "b", teacher), 10)
 
 
 def test_a_run_with_faults_gives_the_weights_of_a_run_without(tmp_path):
@@ -71,7 +71,7 @@ def test_a_run_with_faults_gives_the_weights_of_a_run_without(tmp_path):
         for call in range(1, 90, 4):
             faulty.faults.fail_at(call=call, code=grpc.StatusCode.UNAVAILABLE)
         stormy = _run(tmp_path / "stormy", faulty, "steps=3")
-    _same_weights(calm, stormy, 3)
+    _assert_same_weights(calm, stormy, 3)
     assert sum(row["teacher_retries"] for row in _metrics(stormy)) > 10
 
 
@@ -231,7 +231,11 @@ def test_a_used_run_directory_is_refused_and_left_alone(teacher, tmp_path):
         (("student.device=abacus",), "student.device: 'abacus'"),
         (("prompts.path=nowhere.jsonl",), "nowhere.jsonl"),
         (("teacher.top_k=20",), "teacher.top_k: 20"),
-        (("rollout.max_new_tokens=5000",), "rollout.max_new_tokens: 5000"),
+        (("rollout.max_new_tokens=5000",), "rollout.max_new_tokens: 5000 .* more than the teacher's 4096"),
+        (
+            ("rollout.max_new_tokens=63",),
+            "rollout.max_new_tokens: 63 after a prompt of 2 .* student's 64; lower it to 62",
+        ),
         (("run_dir=/proc/nowhere/run",), "run_dir: /proc/nowhere/run cannot be made"),
     ],
 )

@@ -93,10 +93,9 @@ def test_a_teacher_that_does_not_fit_is_refused_at_start(says, extra, parts):
 
 
 def test_answers_too_long_for_the_teacher_are_refused_with_the_length_that_fits():
-    served = dataclasses.replace(_Teacher().describe(), max_sequence_tokens=100)
-    check_lengths(40, 60, served)
-    with pytest.raises(ConfigError, match="lower it to 60"):
-        check_lengths(40, 61, served)
+    check_lengths(40, 60, 100, "teacher")
+    with pytest.raises(ConfigError, match="more than the teacher's 100; lower it to 60"):
+        check_lengths(40, 61, 100, "teacher")
 
 
 def test_no_teacher_is_a_visible_wait_and_then_a_clear_error(capsys):
