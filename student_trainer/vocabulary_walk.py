@@ -21,18 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lm_head import ONEDNN as _ONEDNN
+
 _SLICE_BYTES = 4 * 2**20  # of one [T, slice] buffer: with its neighbours it stays in a shared cache
 _MIN_SLICE = 512  # below this the matrix products lose more than the memory is worth
 # A support entry is taken out of the walk by giving it this logit: exp() of it is 0, and unlike -inf it can be
 # subtracted from and multiplied by 0.
 _EXCLUDED = -1e30
-# float32 products on an x86 CPU go to oneDNN, which torch's wheels ship, and not through torch.mm to MKL, which uses
-# about half of a processor that is not Intel's; the benchmark has a row of each. The walk is all products.
-_ONEDNN = (
-    torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # what torch.compile calls; without it torch.mm serves
-)
 
 
 class Head(NamedTuple):

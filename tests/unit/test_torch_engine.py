@@ -15,13 +15,12 @@ import safetensors
 import torch
 import transformers
 
-from lm_head import LMHead
 from stillhouse.codec import Scores, ScoreTask
 from stillhouse.errors import EngineFailed, NonFiniteScores, OutOfMemory, Overloaded, Unavailable
 from teacher_server.batching import pick_batch
 from teacher_server.loading import ServedModel, compute_dtype, digest_model, load_model
 from teacher_server.options import OptionError, parse
-from teacher_server.scoring import score_rows, score_tasks
+from teacher_server.scoring import score_tasks
 from teacher_server.torch_engine import BatchReport, TorchEngine
 from tests.models import (
     FAMILIES,
@@ -235,51 +234,6 @@ def test_slices_of_rows_change_nothing(llama: ServedModel, rows_a_slice: int) ->
     sliced = scored(llama, task, slice_bytes=rows_a_slice * VOCABULARY_SIZE * 4 + 3)[0]
     fields = {name: value for name, value in dataclasses.asdict(whole).items() if isinstance(value, np.ndarray)}
     assert max_error(sliced, fields) <= 1e-5
-
-
-def test_logits_of_minus_infinity_are_probability_zero() -> None:
-    bias = torch.tensor([0.0, -torch.inf, 1.0, -torch.inf, 2.0])
-    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    hidden = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
-    candidates = np.tile([0, 1, 4], (4, 1))
-    rows = score_rows(
-        hidden,
-        LMHead(weight, bias),
-        torch.tensor([0, 1, 2, 3]),
-        top_k=4,
-        candidate_ids=torch.as_tensor(candidates),
-        temperatures=torch.tensor([0.5, 1.0, 2.0, 1.0]),
-        logits_slice_bytes=1,
-    ).numpy()
-    for index, temperature in enumerate([0.5, 1.0, 2.0, 1.0]):
-        logits = hidden[index].double().numpy() @ weight.double().numpy().T + bias.double().numpy()
-        expected = scores_of_logits(
-            logits[None],
-            np.array([index]),
-            top_k=4,
-            candidate_ids=candidates[[index]],
-            temperature=temperature,
-        )
-        for name, want in expected.items():
-            if name != "top_ids":  # which of the impossible tokens comes fourth is open
-                np.testing.assert_allclose(rows[name][[index]], want, atol=1e-5, err_msg=name)
-
-
-def test_a_tail_far_below_float32_resolution_is_exact() -> None:
-    logits = np.full((1, 1000), -30.0)
-    logits[0, :3] = [2.0, 1.0, 0.0]
-    rows = score_rows(
-        torch.as_tensor(logits, dtype=torch.float32),
-        LMHead(torch.eye(1000)),
-        torch.tensor([0]),
-        top_k=3,
-        candidate_ids=torch.zeros((1, 0), dtype=torch.int64),
-        temperatures=torch.ones(1),
-        logits_slice_bytes=SLICE_BYTES,
-    )
-    expected = scores_of_logits(logits, np.array([0]), top_k=3, candidate_ids=None, temperature=1.0)
-    assert expected["log_tail"][0] < -25  # 1 - sum in float32 cannot say less than -16
-    np.testing.assert_allclose(rows.log_tail, expected["log_tail"], atol=1e-5)
 
 
 # Models
