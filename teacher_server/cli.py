@@ -5,10 +5,17 @@ import sys
 from collections.abc import Sequence
 
 from teacher_server.options import OptionError, parse
+from teacher_server.vllm_plugin import die_with_parent
+
+# The engine's processes begin with this module, and die with the server from here on.
+die_with_parent()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until SIGTERM or SIGINT. Exit codes: 0 stopped, 1 could not load or serve, 2 wrong option."""
+    """Serves until SIGTERM or SIGINT.
+
+    Exit codes: 0 stopped, 1 could not load or serve, 2 wrong option, 3 the engine died.
+    """
     options = parse(argv)
     logging.basicConfig(
         stream=sys.stderr,
@@ -16,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
     # From here on it takes seconds: torch, transformers and grpc.
+    from teacher_server.engine import EngineLost
     from teacher_server.run import run
 
     try:
@@ -23,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OptionError as error:
         print(f"teacher-server: error: {error}", file=sys.stderr)
         return 2
+    except EngineLost as error:
+        print(f"teacher-server: error: {error}", file=sys.stderr)
+        return 3
     except Exception as error:
         # Whatever a library says of a damaged model, on one line; the traceback is for --log-level debug.
         logging.getLogger(__name__).debug("could not serve", exc_info=True)

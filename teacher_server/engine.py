@@ -5,6 +5,10 @@ from typing import Protocol
 from stillhouse.codec import Scores, ScoreTask, Teacher
 
 
+class EngineLost(RuntimeError):
+    """The engine died while it was served."""
+
+
 class Engine(Protocol):
     """Scores sequences with one model.
 
@@ -25,6 +29,13 @@ class Engine(Protocol):
         """Scores of one task. Raises `stillhouse.errors`.
 
         Cancelling the awaiting task withdraws the work if it has not started.
+        """
+        ...
+
+    async def died(self) -> str:
+        """Waits until the engine can never score again, and says why. An engine that is busy has not died.
+
+        From then on `score` raises Unavailable, and the process should end so that its supervisor starts another.
         """
         ...
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lm_head import LMHead, backbone_of, check_head, head_of, load_causal_lm, usable_vocabulary
 from stillhouse.codec import Teacher
-from stillhouse.vocabulary import vocabulary_digest
+from stillhouse.vocabulary import vocabulary_digest, vocabulary_size
 from teacher_server.options import OptionError, Options, server_version
 
 logger = logging.getLogger(__name__)
@@ -41,33 +41,67 @@ def load_model(options: Options) -> ServedModel:
     """
     started_s = time.monotonic()
     device = _device(options.device)
-    config = transformers.AutoConfig.from_pretrained(options.model, local_files_only=True)
+    config = read_config(options)
     dtype = compute_dtype(options.dtype, config, device)
-    max_sequence_tokens = _max_sequence_tokens(options, config)
+    max_sequence_tokens = longest_sequence(options, config)
     tokenizer = _load_tokenizer(options.model)
     revision = options.revision or digest_model(options.model)
     logger.info("loading model=%s dtype=%s device=%s", options.model, dtype, device)
     model = load_causal_lm(options.model, dtype).to(device).eval().requires_grad_(False)
-    vocabulary_size = options.vocabulary_size or usable_vocabulary(model, tokenizer)
+    size = options.vocabulary_size or usable_vocabulary(model, tokenizer)
     check_head(model)
-    head = _float32_head(head_of(model, vocabulary_size))
-    teacher = Teacher(
+    head = _float32_head(head_of(model, size))
+    teacher = _teacher(options, "torch", revision, tokenizer, size, max_sequence_tokens, dtype)
+    logger.info("loaded seconds=%.1f %s", time.monotonic() - started_s, teacher)
+    return ServedModel(backbone_of(model), head, device, teacher)
+
+
+def describe_model(options: Options, config: Any, dtype: torch.dtype) -> Teacher:
+    """What a server says of the model that `options` names, for an engine that loads the weights itself.
+
+    Raises OptionError, OSError or ValueError.
+    """
+    tokenizer = _load_tokenizer(options.model)
+    rows = config.get_text_config().vocab_size
+    size = options.vocabulary_size or (vocabulary_size(tokenizer.get_vocab()) if tokenizer is not None else rows)
+    if size > rows:
+        raise OptionError(
+            f"--vocabulary-size {size} (default: the tokenizer's): the model's head has {rows} rows; "
+            "resize the model's embeddings, or give its own tokenizer"
+        )
+    revision = options.revision or digest_model(options.model)
+    return _teacher(options, options.engine, revision, tokenizer, size, longest_sequence(options, config), dtype)
+
+
+def _teacher(
+    options: Options,
+    engine: str,
+    revision: str,
+    tokenizer: Any | None,
+    vocabulary: int,
+    max_sequence_tokens: int,
+    dtype: torch.dtype,
+) -> Teacher:
+    return Teacher(
         model=options.name,
         model_revision=revision,
-        vocabulary_size=vocabulary_size,
+        vocabulary_size=vocabulary,
         vocabulary_digest=vocabulary_digest(tokenizer.get_vocab()) if tokenizer is not None else "",
         max_sequence_tokens=max_sequence_tokens,
-        max_top_k=min(options.max_top_k, vocabulary_size),
+        max_top_k=min(options.max_top_k, vocabulary),
         max_candidates=options.max_candidates,
         min_temperature=MIN_TEMPERATURE,
         max_temperature=MAX_TEMPERATURE,
         max_response_bytes=options.max_response_bytes,
         compute_dtype=str(dtype).removeprefix("torch."),
-        engine="torch",
+        engine=engine,
         server_version=server_version(),
     )
-    logger.info("loaded seconds=%.1f %s", time.monotonic() - started_s, teacher)
-    return ServedModel(backbone_of(model), head, device, teacher)
+
+
+def read_config(options: Options) -> Any:
+    """The model's configuration. Raises OSError or ValueError."""
+    return transformers.AutoConfig.from_pretrained(options.model, local_files_only=True)
 
 
 def compute_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
@@ -110,7 +144,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _max_sequence_tokens(options: Options, config: Any) -> int:
+def longest_sequence(options: Options, config: Any) -> int:
+    """The longest sequence to serve, in tokens. Raises OptionError."""
     allowed = getattr(config.get_text_config(), "max_position_embeddings", None)
     asked = options.max_sequence_tokens
     if allowed is None and asked is None:

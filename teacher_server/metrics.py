@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.registry import Collector
 
 from stillhouse.codec import Teacher
 
@@ -11,6 +12,16 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _POWERS_OF_TWO = tuple(float(2**power) for power in range(0, 11))
 _TOKENS = tuple(float(2**power) for power in range(4, 19))
 _BYTES = tuple(float(4**power * 1024) for power in range(0, 10))
+
+
+class _DefaultRegistry(Collector):
+    """What libraries of this process count in the registry that prometheus_client makes by itself."""
+
+    def collect(self) -> Any:
+        return REGISTRY.collect()
+
+    def describe(self) -> Any:
+        return []  # it grows later
 
 
 class Metrics:
@@ -44,6 +55,10 @@ class Metrics:
         self.batch_sequences = histogram("batch_sequences", "Sequences in a batch", _POWERS_OF_TWO)
         self.batch_tokens = histogram("batch_tokens", "Tokens in a batch, without padding", _TOKENS)
         self.padding_tokens = counter("padding_tokens", "Padding computed and thrown away, tokens")
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens reused from another sequence, not computed (vllm)")
+        self.resent_sequences = counter(
+            "resent_sequences", "Sequences computed twice because a reused prefix hid rows to score (vllm)"
+        )
         self._pending_tokens = Gauge(
             "stillhouse_teacher_pending_tokens", "Tokens admitted and not yet scored", registry=registry
         )
@@ -71,6 +86,10 @@ class Metrics:
         self.batch_sequences.observe(sequences)
         self.batch_tokens.observe(tokens)
         self.padding_tokens.inc(padded_tokens - tokens)
+
+    def include_default_registry(self) -> None:
+        """Adds the series of the process's default registry, where vLLM keeps its own."""
+        self.registry.register(_DefaultRegistry())
 
     def listen(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
         """Serves `/metrics`; returns the port (a free one for 0) and what stops it."""

@@ -5,13 +5,16 @@ Nothing heavy is imported here: `--help` and a wrong option answer at once.
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENGINES = ("torch", "vllm")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_RESPONSE_BYTES = 255 * 2**20
 """What a client's receive limit of 256 MiB leaves for the arrays of an answer."""
@@ -41,6 +44,13 @@ class Options:
     max_queue_tokens: int
     max_response_bytes: int
     logits_slice_bytes: int
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    quantization: str | None
+    gpu_memory_utilization: float | None
+    kv_cache_bytes: int | None
+    prefix_caching: bool
+    vllm_options: dict[str, Any]
     drain_s: float
     log_level: str
 
@@ -68,6 +78,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     parser = build_parser()
     arguments = vars(parser.parse_args(argv))
     arguments["name"] = arguments["name"] or arguments["model"].resolve().name
+    arguments["prefix_caching"] = not arguments.pop("no_prefix_caching")
     options = Options(**arguments)
     try:
         check(options)
@@ -76,11 +87,21 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     return options
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); give an object") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object; give {{'name': value}} in JSON")
+    return value
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Names the default of an option that has one and whose help does not explain it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", argparse.SUPPRESS):
+        if action.default in (None, "", False, argparse.SUPPRESS) or action.default == {}:
             return action.help
         return super()._get_help_string(action)
 
@@ -97,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"teacher-server {server_version()}")
 
     add = parser.add_argument_group("what is served").add_argument
-    add("--engine", default="torch", help="what computes the scores: torch")
+    add("--engine", default="torch", help="what computes the scores: torch or vllm")
     add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory with safetensors")
     add("--name", default="", help="model name in requests (default: the directory's name)")
     add("--revision", default="", help="revision to announce (default: SHA-256 of configuration and weights)")
@@ -124,6 +145,31 @@ def build_parser() -> argparse.ArgumentParser:
         help="float32 logits held at once, bytes; about three times as much is in use at the peak",
     )
 
+    add = parser.add_argument_group("vllm engine", "with --engine vllm only").add_argument
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share each layer")
+    add("--pipeline-parallel-size", type=int, default=1, metavar="N", help="groups of devices that share the layers")
+    add("--quantization", metavar="METHOD", help="as vLLM names it (default: what the model's configuration says)")
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="SHARE",
+        help="share of a device's memory for weights, cache and all else, 0 .. 1 (default: vLLM's)",
+    )
+    add(
+        "--kv-cache-bytes",
+        type=int,
+        metavar="N",
+        help="size of the KV cache of a process (default: what the share above leaves; on a CPU 2 GiB)",
+    )
+    add("--no-prefix-caching", action="store_true", help="compute every prompt anew")
+    add(
+        "--vllm-options",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help='any other engine argument of vLLM, for example \'{"max_num_seqs": 64}\'',
+    )
+
     add = parser.add_argument_group("running").add_argument
     add(
         "--drain-s",
@@ -138,9 +184,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(options: Options) -> None:
     """Raises OptionError for what can be seen to be wrong without loading anything."""
-    if options.engine == "vllm":
-        raise OptionError("--engine vllm: this version has no vllm engine; use --engine torch")
-    _check_choice("--engine", options.engine, ("torch",))
+    _check_choice("--engine", options.engine, ENGINES)
+    _check_vllm_options(options)
     _check_choice("--dtype", options.dtype, DTYPES)
     _check_choice("--log-level", options.log_level, LOG_LEVELS)
     _check_model_directory(options.model)
@@ -156,6 +201,9 @@ def check(options: Options) -> None:
         ("--max-batch-tokens", options.max_batch_tokens, 1),
         ("--max-queue-tokens", options.max_queue_tokens, 1),
         ("--logits-slice-bytes", options.logits_slice_bytes, 1),
+        ("--tensor-parallel-size", options.tensor_parallel_size, 1),
+        ("--pipeline-parallel-size", options.pipeline_parallel_size, 1),
+        ("--kv-cache-bytes", options.kv_cache_bytes, 1),
     ):
         if value is not None and value < smallest:
             raise OptionError(f"{option} {value}: give {smallest} or more")
@@ -167,6 +215,27 @@ def check(options: Options) -> None:
     if not 0 <= options.drain_s <= 86_400:
         raise OptionError(f"--drain-s {options.drain_s}: give 0 .. 86400 seconds")
     _check_addresses(options)
+
+
+def _check_vllm_options(options: Options) -> None:
+    share = options.gpu_memory_utilization
+    if share is not None and not 0 < share <= 1:
+        raise OptionError(f"--gpu-memory-utilization {share}: give a share above 0 and up to 1")
+    if options.engine == "vllm":
+        if importlib.util.find_spec("vllm") is None:
+            raise OptionError("--engine vllm: vllm is not installed; pip install 'stillhouse[vllm]'")
+        return
+    for option, given in (
+        ("--tensor-parallel-size", options.tensor_parallel_size != 1),
+        ("--pipeline-parallel-size", options.pipeline_parallel_size != 1),
+        ("--quantization", options.quantization is not None),
+        ("--gpu-memory-utilization", share is not None),
+        ("--kv-cache-bytes", options.kv_cache_bytes is not None),
+        ("--no-prefix-caching", not options.prefix_caching),
+        ("--vllm-options", bool(options.vllm_options)),
+    ):
+        if given:
+            raise OptionError(f"{option}: the {options.engine} engine has no such thing; add --engine vllm")
 
 
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:

@@ -3,6 +3,9 @@
 At SIGTERM or SIGINT: health says NOT_SERVING and new requests are refused as Unavailable, so that clients
 go to another server; what was admitted is finished, for at most `drain_s` seconds; what is left then is
 failed as Unavailable, which clients send again elsewhere.
+
+When the engine dies (not when it is busy), the same happens at once and without a drain, and `serve` raises, so
+that the program ends with an error and its supervisor starts it anew.
 """
 
 import asyncio
@@ -18,7 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from stillhouse.v1 import teacher_pb2_grpc as pb_grpc
-from teacher_server.engine import Engine
+from teacher_server.engine import Engine, EngineLost
 from teacher_server.interceptors import SERVICE, CallInterceptor
 from teacher_server.metrics import Metrics
 from teacher_server.servicer import TeacherServicer
@@ -86,7 +89,10 @@ async def stop(running: RunningServer, drain_s: float) -> None:
 async def serve(
     engine: Engine, metrics: Metrics, *, listen: str, metrics_host: str, metrics_port: int, drain_s: float
 ) -> None:
-    """Serves until a signal; prints one line on standard output when ready. Closes the engine."""
+    """Serves until a signal; prints one line on standard output when ready. Closes the engine.
+
+    Raises EngineLost if the engine dies.
+    """
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         # Kept to the end: launchers often pass one signal on twice.
@@ -101,6 +107,24 @@ async def serve(
         f"metrics=http://{host}:{bound_metrics_port}/metrics",
         flush=True,
     )
-    await stopped.wait()
-    await stop(running, drain_s)
+    death = asyncio.create_task(engine.died())
+    signalled = asyncio.create_task(stopped.wait())
+    await asyncio.wait({death, signalled}, return_when=asyncio.FIRST_COMPLETED)
+    if not death.done():
+        stopping = asyncio.create_task(stop(running, drain_s))
+        # An engine that dies while it drains leaves nothing to wait for.
+        await asyncio.wait({death, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done():
+            death.cancel()
+            signalled.cancel()
+            await stopping
+            stop_metrics()
+            return
+        stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
+    signalled.cancel()
+    reason = death.result()
+    logger.error("%s", reason)
+    await stop(running, 0.0)
     stop_metrics()
+    raise EngineLost(reason)

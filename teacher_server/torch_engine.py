@@ -6,13 +6,13 @@ takes the oldest task and those that fit it best (`batching.pick_batch`) and sco
 before that moment leaves the queue at once and never reaches the model.
 
 A failure belongs to its batch: out of memory halves the batch until it fits; any other exception fails the
-tasks of the batch and the worker goes on.
+tasks of the batch and the worker goes on. Only an error of the accelerator itself is the end: after it every
+operation on the device fails.
 """
 
 import asyncio
 import concurrent.futures
 import contextlib
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from stillhouse.codec import Scores, ScoreTask, Teacher
-from stillhouse.errors import OutOfMemory, Overloaded, StillhouseError, Unavailable
+from stillhouse.errors import OutOfMemory, StillhouseError, Unavailable
+from teacher_server.admission import Admission
 from teacher_server.batching import pick_batch
 from teacher_server.failures import engine_failed
 from teacher_server.loading import ServedModel
@@ -64,15 +65,14 @@ class TorchEngine:
     ) -> None:
         self._model = model
         self._max_batch_tokens = max_batch_tokens
-        self._max_queue_tokens = max_queue_tokens
+        self._admission = Admission(max_queue_tokens)
         self._logits_slice_bytes = logits_slice_bytes
         self._on_batch = on_batch
         self._changed = threading.Condition()  # guards everything below
         self._queue: dict[Future, _Waiting] = {}  # oldest first
         self._running: list[Future] = []
-        self._pending_tokens = 0
-        self._tokens_per_s = 0.0  # of recent batches
         self._closed = False
+        self._death: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._work, name="torch-engine", daemon=True)
         self._thread.start()
 
@@ -83,11 +83,15 @@ class TorchEngine:
     @property
     def pending_tokens(self) -> int:
         """Tokens admitted and neither scored nor withdrawn."""
-        return self._pending_tokens
+        return self._admission.pending_tokens
 
     async def score(self, task: ScoreTask) -> Scores:
         """Scores of one task. Raises Overloaded, OutOfMemory, NonFiniteScores, EngineFailed, Unavailable."""
         return await asyncio.wrap_future(self._submit(task))
+
+    async def died(self) -> str:
+        """Returns when the device has failed."""
+        return await asyncio.shield(asyncio.wrap_future(self._death))
 
     async def close(self) -> None:
         """Fails all work not yet done with Unavailable, and waits a moment for the batch that is running."""
@@ -104,31 +108,20 @@ class TorchEngine:
         tokens = len(task.token_ids)
         future = Future()
         with self._changed:
+            if self._death.done():
+                raise Unavailable("the engine's device has failed; the server is restarting")
             if self._closed:
                 raise Unavailable("the server is stopping")
-            # A task larger than the whole queue is still taken when nothing else is there.
-            if self._pending_tokens and self._pending_tokens + tokens > self._max_queue_tokens:
-                raise Overloaded(
-                    f"{self._pending_tokens} tokens are waiting; the queue takes {self._max_queue_tokens}",
-                    retry_delay_s=self._retry_delay_s(),
-                    pending_tokens=self._pending_tokens,
-                    max=self._max_queue_tokens,
-                )
-            self._pending_tokens += tokens
+            self._admission.admit(tokens)
             self._queue[future] = _Waiting(task, time.monotonic())
             self._changed.notify()
         future.add_done_callback(lambda _: self._release(future, tokens))
         return future
 
     def _release(self, future: Future, tokens: int) -> None:
+        self._admission.release(tokens)
         with self._changed:
-            self._pending_tokens -= tokens
             self._queue.pop(future, None)  # it is still there if it was cancelled
-
-    def _retry_delay_s(self) -> float:
-        """Time until half of the queue is gone, 0.1 .. 10 s, spread so that not all come at once."""
-        estimate_s = 0.5 * self._pending_tokens / self._tokens_per_s if self._tokens_per_s else 1.0
-        return min(10.0, max(0.1, estimate_s)) * random.uniform(0.75, 1.25)
 
     def _work(self) -> None:
         while (batch := self._take_batch()) is not None:
@@ -170,6 +163,9 @@ class TorchEngine:
         except Exception as error:
             results = None
             failure = None if _is_out_of_memory(error) else engine_failed(error)
+            if _is_lost_device(error) and not self._death.done():
+                self._death.set_result(f"the device has failed: {error}")
+                failure = Unavailable("the engine's device has failed; the server is restarting")
         else:
             failure = None
         # Outside of the except block, whose traceback would keep the tensors of the failed attempt alive.
@@ -217,9 +213,7 @@ class TorchEngine:
 
     def _report(self, tasks: Sequence[ScoreTask], engine_s: float) -> None:
         lengths = [len(task.token_ids) for task in tasks]
-        rate = sum(lengths) / max(engine_s, 1e-6)
-        with self._changed:
-            self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * rate if self._tokens_per_s else rate
+        self._admission.observe(sum(lengths), engine_s)
         self._on_batch(BatchReport(len(tasks), sum(lengths), len(tasks) * max(lengths), engine_s))
 
 
@@ -231,3 +225,9 @@ def _fail(future: Future, error: StillhouseError) -> None:
 def _is_out_of_memory(error: Exception) -> bool:
     # The CPU allocator raises a bare RuntimeError.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _is_lost_device(error: Exception) -> bool:
+    # What CUDA reports once (an illegal access, a failed assertion) it reports for ever after.
+    kind = getattr(torch, "AcceleratorError", None)
+    return kind is not None and isinstance(error, kind) and not _is_out_of_memory(error)

@@ -1,0 +1,658 @@
+"""All that depends on vLLM and its version: the only file that imports it.
+
+The teacher is served as a *pooling model*. vLLM's documented seam for models of one's own, its registry, takes a
+subclass of the served architecture with a pooler of ours; the pooler gets the last hidden states of each step on
+the worker, on every model runner, device and number of processes, and what it returns travels to the front end as
+one tensor a sequence. So the head product, the top k and all else happen beside the weights, for the response rows
+only, and vLLM's own memory profile sees it, since it runs the pooler on a full batch before it sizes its cache.
+
+What is taken from vLLM, and from which of its parts:
+
+- `AsyncLLM.encode`, `AsyncEngineArgs`, `PoolingParams.extra_kwargs`: the engine (documented);
+- `ModelRegistry.register_model`, `Pooler`, `PoolingMetadata`: the scoring model (documented);
+- `LogitsProcessor.forward`: replaced in the served model, so that every family's `compute_logits` gives float32
+  logits of the process's own columns, unrounded and ungathered;
+- `Scheduler` and its `KVCacheManager.get_computed_blocks`: a reused prefix must end before the first row to score.
+"""
+
+import contextlib
+import gc
+import importlib.metadata
+import json
+import logging
+import os
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+# Before vllm is imported, which reads them then. Children are spawned: a fork of a process with threads may hang.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is ours
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import numpy as np
+import torch
+import vllm
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import tokens_input
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.pooler import Pooler
+from vllm.model_executor.models import ModelRegistry
+from vllm.platforms import current_platform
+from vllm.pooling_params import PoolingParams
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from lm_head import LMHead, linear
+from teacher_server.packing import Counters, RowRequest, join_answer, pack_failure, pack_rows
+from teacher_server.row_scores import RowScores, Shard, score_rows
+from teacher_server.vllm_plugin import FAILURES_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = ((0, 25), (0, 33))
+"""First and last minor version of vLLM that this file was read against."""
+CPU_KV_CACHE_BYTES = 2 * 2**30
+
+_ARCHITECTURES_VARIABLE = "STILLHOUSE_VLLM_ARCHITECTURES"
+_SETTINGS_VARIABLE = "STILLHOUSE_VLLM_SCORING"
+_TASK = "token_classify"  # the task of per-token poolers that both model runners know
+_MASKED = -1e30  # logit of a column that is no token: probability 0, and unlike -inf it can be multiplied by 0
+
+
+class EngineDied(RuntimeError):
+    """The engine's processes are gone; nothing more can be scored."""
+
+
+class UnsupportedVllm(RuntimeError):
+    """This version of vLLM, or this model in it, cannot be served."""
+
+
+# The front end: what `vllm_engine` uses
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the engine is started with."""
+
+    model: Path
+    architectures: Sequence[str]
+    dtype: str
+    max_sequence_tokens: int
+    max_batch_tokens: int
+    vocabulary_size: int
+    max_top_k: int
+    max_candidates: int
+    logits_slice_bytes: int
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    quantization: str | None = None
+    gpu_memory_utilization: float | None = None
+    kv_cache_bytes: int | None = None
+    prefix_caching: bool = True
+    log_level: str = "info"
+    further: dict[str, Any] = field(default_factory=dict)  # any other field of AsyncEngineArgs
+
+
+class Vllm:
+    """A running engine: sequences and what to score of them in, answers out."""
+
+    def __init__(self, llm: AsyncLLM, directory: "tempfile.TemporaryDirectory[str]") -> None:
+        self._llm: AsyncLLM | None = llm
+        self._directory = directory  # of the failures that the children report
+
+    @classmethod
+    def start(cls, settings: Settings) -> "Vllm":
+        """Starts the engine's processes and waits until they have the model.
+
+        Call it from the main thread: the children die with the thread that started them. Raises UnsupportedVllm,
+        or RuntimeError with the cause if the engine does not come up; no process is left then.
+        """
+        check_version()
+        _check_entry_point()
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", settings.log_level.upper())
+        os.environ[_ARCHITECTURES_VARIABLE] = ",".join(settings.architectures)
+        os.environ[_SETTINGS_VARIABLE] = json.dumps(
+            {
+                "vocabulary_size": settings.vocabulary_size,
+                "max_top_k": settings.max_top_k,
+                "max_candidates": settings.max_candidates,
+                "logits_slice_bytes": settings.logits_slice_bytes,
+            }
+        )
+        directory = tempfile.TemporaryDirectory(prefix="stillhouse-")
+        os.environ[FAILURES_VARIABLE] = str(_failures(directory))
+        try:
+            return cls(AsyncLLM.from_engine_args(engine_arguments(settings)), directory)
+        except Exception as error:
+            with directory:
+                cause = _first_failure(directory)
+            if cause is None:  # it failed in this process, and says so itself
+                raise
+            raise RuntimeError(cause) from error
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype the model computes in, for example "bfloat16"."""
+        assert self._llm is not None
+        return str(self._llm.model_config.dtype).removeprefix("torch.")
+
+    async def encode(
+        self, request_id: str, token_ids: list[int], request: RowRequest, *, read_cache: bool
+    ) -> np.ndarray:
+        """The worker's answer (see `packing`). Cancelling it withdraws the sequence. Raises EngineDied."""
+        if self._llm is None:
+            raise EngineDied("it was shut down")
+        params = PoolingParams(
+            task=_TASK,
+            use_activation=False,
+            skip_reading_prefix_cache=not read_cache,
+            extra_kwargs={"rows": request.pack(), "first_row": request.first_row},
+        )
+        outputs = self._llm.encode(tokens_input(token_ids), params, request_id)
+        try:
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    return output.outputs.data.numpy()
+        except EngineDeadError as error:
+            raise EngineDied(self.cause_of_death) from error
+        raise EngineDied("the engine ended the sequence without an answer")
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine's processes are gone. Being busy is not being dead."""
+        return self._llm is None or bool(self._llm.errored)
+
+    @property
+    def cause_of_death(self) -> str:
+        """What the first process that failed said of it."""
+        return _first_failure(self._directory) or "one of its processes was killed, or ended without a word"
+
+    def shutdown(self) -> None:
+        """Stops the engine's processes; they are killed if they take more than 10 s."""
+        if self._llm is None:
+            return
+        self._llm.shutdown(timeout=10)
+        # Its destructor must not run when the interpreter has already taken down what it calls.
+        self._llm = None
+        gc.collect()
+        self._directory.cleanup()
+
+
+def _failures(directory: "tempfile.TemporaryDirectory[str]") -> Path:
+    return Path(directory.name) / "failures"
+
+
+def _first_failure(directory: "tempfile.TemporaryDirectory[str]") -> str | None:
+    try:
+        lines = _failures(directory).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    return lines[0] if lines else None
+
+
+def check_version(version: str = vllm.__version__) -> None:
+    """Raises UnsupportedVllm unless `version` is one that this file was read against."""
+    numbers = version.split("+")[0].split(".")
+    found = tuple(int(number) for number in numbers[:2]) if all(n.isdigit() for n in numbers[:2]) else ()
+    (low_major, low), (high_major, high) = SUPPORTED
+    if not SUPPORTED[0] <= found <= SUPPORTED[1]:
+        raise UnsupportedVllm(
+            f"vllm {version} is installed; this version of teacher-server serves with vllm "
+            f"{low_major}.{low} to {high_major}.{high}: pip install 'stillhouse[vllm]'"
+        )
+
+
+def check_architectures(architectures: Sequence[str]) -> None:
+    """Raises UnsupportedVllm unless vLLM itself has a causal LM of this architecture."""
+    if not any(name in ModelRegistry.models for name in architectures):
+        raise UnsupportedVllm(
+            f"vllm {vllm.__version__} has no model of architecture {', '.join(architectures) or '(none)'}; "
+            "use --engine torch, or a version of vllm that has"
+        )
+
+
+def device_type() -> str:
+    """What vLLM was built for: "cpu", "cuda" and so on."""
+    return current_platform.device_type
+
+
+def engine_arguments(settings: Settings) -> AsyncEngineArgs:
+    """The arguments of the engine. Raises ValueError for what vLLM does not take."""
+    arguments: dict[str, Any] = {
+        "model": str(settings.model),
+        "runner": "pooling",
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_sequence_tokens,
+        "max_num_batched_tokens": settings.max_batch_tokens,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "quantization": settings.quantization,
+        "enable_prefix_caching": settings.prefix_caching,
+        "enable_chunked_prefill": True,
+        "skip_tokenizer_init": True,
+        "scheduler_cls": f"{__name__}.{PrefixScheduler.__name__}",
+        "disable_log_stats": False,
+    }
+    if settings.gpu_memory_utilization is not None:
+        arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    if settings.kv_cache_bytes is not None:
+        arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes
+    if device_type() == "cpu":
+        # By default vLLM takes nine tenths of the machine for its cache, and compiles for a minute.
+        if settings.kv_cache_bytes is None and settings.gpu_memory_utilization is None:
+            arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+        arguments["enforce_eager"] = True
+    ours = sorted(arguments.keys() & settings.further.keys() - {"enforce_eager"})
+    if ours:
+        raise ValueError(f"--vllm-options: {', '.join(ours)} is set by teacher-server itself; use its own option")
+    unknown = sorted(settings.further.keys() - AsyncEngineArgs.__dataclass_fields__.keys())
+    if unknown:
+        raise ValueError(f"--vllm-options: vllm {vllm.__version__} has no engine argument {', '.join(unknown)}")
+    return AsyncEngineArgs(**{**arguments, **settings.further})
+
+
+def _check_entry_point() -> None:
+    found = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if not any(point.value == "teacher_server.vllm_plugin:register" for point in found):
+        raise UnsupportedVllm(
+            "the package's vLLM plugin is not installed: pip install 'stillhouse[vllm]' (in a checkout: pip install -e .)"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "stillhouse" not in allowed.split(","):
+        raise UnsupportedVllm(f"VLLM_PLUGINS is {allowed!r}, which keeps our plugin out; add stillhouse to it")
+
+
+# The engine's process: reuse of prefixes
+
+
+class PrefixScheduler(Scheduler):
+    """vLLM's scheduler, with one more rule: a reused prefix ends before the first row that is to be scored.
+
+    Rows of a reused prefix are not computed, so they have no scores; stock vLLM switches reuse off for that reason,
+    and where it is switched on answers with the rows that are left.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        manager: Any = self.kv_cache_manager
+        coordinator = manager.coordinator
+        computed_blocks, longest_hit = manager.get_computed_blocks, coordinator.find_longest_cache_hit
+        last_row: int | None = None
+
+        def get_computed_blocks(request: Any) -> Any:
+            nonlocal last_row
+            extra = request.pooling_params.extra_kwargs if request.pooling_params is not None else None
+            last_row = extra["first_row"] if extra else None
+            if extra:
+                extra.setdefault("scheduled_s", time.monotonic())
+            try:
+                return computed_blocks(request)
+            finally:
+                last_row = None
+
+        def find_longest_cache_hit(block_hashes: Any, max_cache_hit_length: int, *rest: Any, **more: Any) -> Any:
+            if last_row is not None:
+                max_cache_hit_length = min(max_cache_hit_length, last_row)
+            return longest_hit(block_hashes, max_cache_hit_length, *rest, **more)
+
+        manager.get_computed_blocks = get_computed_blocks
+        coordinator.find_longest_cache_hit = find_longest_cache_hit
+
+
+# The worker's process: the scoring model
+
+
+def register_models() -> None:
+    """Makes the architectures of this engine scoring models, under their own names.
+
+    A name of our own would miss what vLLM decides by name: block sizes, kernels, configuration overrides.
+    """
+    for name in os.environ[_ARCHITECTURES_VARIABLE].split(","):
+        if name in ModelRegistry.models and name not in _originals:
+            _originals[name] = ModelRegistry.models[name]
+            # vLLM caches what it learns of a class by this name, for every version the same file.
+            version = "".join(character if character.isalnum() else "_" for character in vllm.__version__)
+            ModelRegistry.register_model(name, f"{__name__}:{_PREFIX}{name}__{version}")
+
+
+_PREFIX = "Scoring_"
+_originals: dict[str, Any] = {}
+
+
+def __getattr__(name: str) -> Any:
+    """The scoring model of an architecture, when vLLM asks for the class that was registered."""
+    if not name.startswith(_PREFIX):
+        raise AttributeError(name)
+    register_models()  # a process that only inspects the class may not have loaded plugins
+    architecture = name.removeprefix(_PREFIX).rpartition("__")[0]
+    found = scoring_class(_originals[architecture].load_model_cls())
+    globals()[name] = found
+    return found
+
+
+def scoring_class(base: type) -> type:
+    """A subclass of a vLLM causal LM that scores."""
+
+    class Scoring(base):
+        is_pooling_model = True
+        default_seq_pooling_type = "LAST"
+        default_tok_pooling_type = "ALL"
+
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            self.pooler = ScoringPooler(self)
+
+    Scoring.__name__ = Scoring.__qualname__ = f"Scoring{base.__name__}"
+    return Scoring
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What the worker knows of a sequence between its steps."""
+
+    request: RowRequest
+    scheduled_s: float
+    cached_tokens: int
+    parts: list[tuple[int, Tensor]] = field(default_factory=list)  # (first position, packed rows), in their order
+
+
+class ScoringPooler(Pooler):
+    """Hidden states of a step in; for each sequence that it finishes the packed scores of its rows out."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        settings = json.loads(os.environ[_SETTINGS_VARIABLE])
+        self._max_top_k: int = settings["max_top_k"]
+        self._max_candidates: int = settings["max_candidates"]
+        self._slice_bytes: int = settings["logits_slice_bytes"]
+        self._model = weakref.ref(model)  # a module that holds its parent has no end
+        self._head = _ShardedHead(model, settings["vocabulary_size"])
+        self._sequences: weakref.WeakKeyDictionary[Any, _Sequence] = weakref.WeakKeyDictionary()
+
+    def get_supported_tasks(self) -> set[Any]:
+        return {_TASK}
+
+    def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> list[Tensor | None]:
+        params: list[PoolingParams] = pooling_metadata.pooling_params
+        if any(param.extra_kwargs is None for param in params):
+            return self._rehearse(hidden_states, len(params))
+        cursor = pooling_metadata.get_pooling_cursor()
+        states = pooling_metadata.pooling_states
+        scheduled: list[int] = cursor.num_scheduled_tokens_cpu.tolist()
+        ends: list[int] = cursor.seq_lens_cpu.tolist()
+        lengths: list[int] = cursor.prompt_lens_cpu.tolist()
+        work: dict[tuple[int, int, bool], list[_Rows]] = {}
+        offset = 0
+        for param, state, count, end in zip(params, states, scheduled, ends, strict=True):
+            sequence = self._sequences.get(state)
+            begin = end - count
+            if sequence is None:
+                extra = param.extra_kwargs or {}
+                sequence = _Sequence(RowRequest.unpack(extra["rows"]), extra.get("scheduled_s", time.monotonic()), begin)
+                self._sequences[state] = sequence
+            # A sequence that was preempted starts again from an earlier position.
+            sequence.parts = [(first, rows) for first, rows in sequence.parts if first < begin]
+            request = sequence.request
+            low = max(begin, request.first_row)
+            high = min(end, request.first_row + len(request.target_ids))
+            if low < high:
+                work.setdefault(request.group, []).append(
+                    _Rows(sequence, low, low - request.first_row, slice(offset + low - begin, offset + high - begin))
+                )
+            offset += count
+        for group, rows in work.items():
+            self._score(hidden_states, group, rows)
+        done_s = time.monotonic()
+        finished = [end == length for end, length in zip(ends, lengths, strict=True)]
+        answers: list[Tensor | None] = []
+        for state, complete in zip(states, finished, strict=True):
+            sequence = self._sequences[state]
+            if not complete:
+                # Rows that wait for the rest of their sequence wait in main memory.
+                sequence.parts = [(first, rows.cpu()) for first, rows in sequence.parts]
+                answers.append(None)
+                continue
+            del self._sequences[state]
+            answers.append(_answer(sequence, done_s, sum(finished), hidden_states))
+        return answers
+
+    def _score(self, hidden: Tensor, group: tuple[int, int, bool], work: "list[_Rows]") -> None:
+        """Scores the rows of the sequences of one group, which have the same k and M."""
+        top_k, candidates, plain = group
+        requests = [rows.sequence.request for rows in work]
+        spans = [slice(rows.target, rows.target + rows.hidden.stop - rows.hidden.start) for rows in work]
+        targets = np.concatenate([r.target_ids[span] for r, span in zip(requests, spans, strict=True)])
+        wanted = np.concatenate([r.candidate_ids[span] for r, span in zip(requests, spans, strict=True)])
+        counts = [span.stop - span.start for span in spans]
+        temperatures = None
+        if any(request.temperature != 1.0 for request in requests):
+            temperatures = np.repeat(np.array([request.temperature for request in requests], np.float32), counts)
+
+        def on_device(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(hidden.device)
+
+        try:
+            scores = self._score_rows(
+                torch.cat([hidden[rows.hidden] for rows in work]),
+                on_device(targets.astype(np.int64)),
+                top_k,
+                on_device(wanted.astype(np.int64)).reshape(sum(counts), candidates),
+                None if temperatures is None else on_device(temperatures),
+                plain=plain,
+            )
+            packed = pack_rows(scores).split(counts)
+        except Exception as error:
+            # An exception that leaves here ends the engine, with all that it has in flight. With several processes
+            # there is no choice: the others already wait for this one's part.
+            if self._head.shard is not None:
+                raise
+            logger.exception("scoring failed")
+            kind = "memory" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "failed"
+            packed = [pack_failure(f"{kind}: {type(error).__name__}: {error}") for _ in work]
+        for rows, part in zip(work, packed, strict=True):
+            rows.sequence.parts.append((rows.first, part))
+
+    def _score_rows(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        top_k: int,
+        candidates: Tensor,
+        temperatures: Tensor | None,
+        *,
+        plain: bool = False,
+    ) -> RowScores:
+        if plain:
+            return _plain_scores(self._head.whole_logits(hidden), targets, top_k, candidates, temperatures)
+        return score_rows(
+            hidden,
+            self._head.logits,
+            targets,
+            columns=self._head.columns,
+            top_k=top_k,
+            candidate_ids=candidates,
+            temperatures=temperatures,
+            logits_slice_bytes=self._slice_bytes,
+            shard=self._head.shard,
+        )
+
+    def _rehearse(self, hidden: Tensor, sequences: int) -> list[Tensor | None]:
+        """The most that a step can take, for vLLM's memory profile."""
+        rows = len(hidden)
+        targets = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
+        candidates = targets[:, None].expand(-1, self._max_candidates)
+        temperatures = torch.full((rows,), 2.0, device=hidden.device)
+        packed = pack_rows(self._score_rows(hidden.clone(), targets, self._max_top_k, candidates, temperatures))
+        return list(packed[:sequences, None].unbind())
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of one sequence in one step."""
+
+    sequence: _Sequence
+    first: int  # position in the sequence
+    target: int  # index among the request's rows
+    hidden: slice  # in the step's hidden states
+
+
+def _answer(sequence: _Sequence, done_s: float, finished: int, like: Tensor) -> Tensor:
+    """The answer of a finished sequence; without rows if one of them was not computed."""
+    for _, part in sequence.parts:
+        if part.dtype == torch.uint8:
+            return part
+    counters = Counters(
+        engine_us=min(int(1e6 * (done_s - sequence.scheduled_s)), 2**31 - 1),
+        batch_sequences=finished,
+        cached_tokens=sequence.cached_tokens,
+    )
+    request = sequence.request
+    columns = 2 * request.top_k + request.candidate_ids.shape[1] + 5
+    expected = request.first_row
+    for first, part in sequence.parts:
+        expected = expected + len(part) if first == expected else -1
+    if expected != request.first_row + len(request.target_ids):
+        return join_answer(counters, [torch.zeros((0, columns), dtype=torch.int32)])
+    parts = [part for _, part in sequence.parts]
+    if len({part.device for part in parts}) > 1:
+        parts = [part.cpu() for part in parts]
+    return join_answer(counters, parts)
+
+
+class _ShardedHead:
+    """float32 logits of this process's columns, whatever family the model is of.
+
+    The model's own `compute_logits` is what is called; only the layer that it hands its head and hidden states to
+    is ours. So scales, caps and biases are the family's.
+    """
+
+    def __init__(self, model: Any, vocabulary_size: int) -> None:
+        processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+        if len(processors) > 1:
+            raise UnsupportedVllm(f"{type(model).__name__} has {len(processors)} logits processors; one is supported")
+        self._model = weakref.ref(model)
+        self._vocabulary_size = vocabulary_size
+        self._weight: Tensor | None = None
+        self.shard: Shard | None = None
+        self.columns = vocabulary_size
+        self._whole = False
+        if not processors:  # a process that has no head, of a model in several stages
+            return
+        self._processor = processors[0]
+        self._own_forward: Callable[..., Any] = self._processor.forward
+        self._processor.forward = self._forward
+        heads = get_tensor_model_parallel_world_size()
+        if heads > 1:
+            rank = get_tensor_model_parallel_rank()
+            padded = getattr(self._processor, "org_vocab_size", vocabulary_size)
+            self.columns = _columns_per_process(model, padded, heads)
+            self.shard = Shard(rank, heads, rank * self.columns, _all_gather)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [r, columns] in fresh memory."""
+        return self._model().compute_logits(hidden)
+
+    def whole_logits(self, hidden: Tensor) -> Tensor | None:
+        """Logits [r, V] as vLLM itself makes them; None in a process that does not get them."""
+        self._whole = True
+        try:
+            logits = self._model().compute_logits(hidden)
+        finally:
+            self._whole = False
+        return None if logits is None else logits[..., : self._vocabulary_size]
+
+    def _forward(
+        self, lm_head: Any, hidden_states: Tensor, embedding_bias: Tensor | None = None, *rest: Any, **more: Any
+    ) -> Any:
+        if self._whole:
+            return self._own_forward(lm_head, hidden_states, embedding_bias, *rest, **more)
+        processor = self._processor
+        columns = self.columns
+        if processor.logits_as_input:
+            z = hidden_states[..., :columns].float()
+        else:
+            z = self._product(lm_head, hidden_states, embedding_bias)
+        if processor.soft_cap is not None:
+            z.div_(processor.soft_cap).tanh_().mul_(processor.soft_cap)
+        if processor.scale != 1.0:
+            z *= processor.scale
+        if self.shard is not None:
+            tokens = max(0, min(columns, self._vocabulary_size - self.shard.first_id))
+            z[:, tokens:] = _MASKED
+        return z
+
+    def _product(self, lm_head: Any, hidden: Tensor, bias: Tensor | None) -> Tensor:
+        if not type(lm_head.quant_method).__name__.startswith("Unquantized"):
+            # The product of a quantised head is the quantisation's; it rounds to the model's dtype.
+            z = lm_head.quant_method.apply(lm_head, hidden, bias=bias)
+            return z[..., : self.columns].float()
+        weight = lm_head.weight[: self.columns]
+        bias = None if bias is None else bias[: self.columns].float()
+        if weight.dtype == torch.float32:
+            return linear(hidden.float(), weight, bias)
+        if hidden.is_cuda:
+            # Products of half-precision numbers are exact in float32; only rounding the sums would lose digits.
+            z = torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
+            return z if bias is None else z.add_(bias)
+        if self._weight is None:
+            self._weight = weight.float()
+        return linear(hidden.float(), self._weight, bias)
+
+
+def _columns_per_process(model: Any, vocabulary_rows: int, heads: int) -> int:
+    for module in model.modules():
+        indices = getattr(module, "shard_indices", None)
+        if indices is not None and getattr(module, "org_vocab_size", None) == vocabulary_rows:
+            return int(module.num_embeddings_per_partition)
+    raise UnsupportedVllm(f"{type(model).__name__} has no head that is sharded over the vocabulary")
+
+
+def _all_gather(own: Tensor) -> Tensor:
+    group = get_tp_group()
+    return group.all_gather(own.contiguous(), dim=0).unflatten(0, (group.world_size, len(own)))
+
+
+def _plain_scores(
+    logits: Tensor | None, targets: Tensor, top_k: int, candidates: Tensor, temperatures: Tensor | None
+) -> RowScores:
+    """Scores from whole logits by the definitions, for the check at start."""
+    if logits is None:  # not the process that answers
+        rows, m = candidates.shape
+        nothing = targets.new_zeros(rows, dtype=torch.float32)
+        return RowScores(
+            top_ids=targets.new_zeros((rows, top_k), dtype=torch.int32),
+            top_logprobs=nothing[:, None].expand(-1, top_k),
+            sampled_logprobs=nothing,
+            candidate_logprobs=nothing[:, None].expand(-1, m),
+            log_tail=nothing,
+            log_support_tail=nothing,
+            entropy=nothing,
+            log_normalizer=nothing,
+        )
+    z = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+    if temperatures is not None:
+        z = z / temperatures[:, None]
+    normalizer = torch.logsumexp(z, -1)
+    logprobs = z - normalizer[:, None]
+    values, ids = logprobs.topk(top_k, dim=-1)
+    outside = logprobs.scatter(1, ids, -torch.inf)
+    found = RowScores(
+        top_ids=ids.to(torch.int32),
+        top_logprobs=values,
+        sampled_logprobs=logprobs.gather(1, targets[:, None])[:, 0],
+        candidate_logprobs=logprobs.gather(1, candidates),
+        log_tail=torch.logsumexp(outside, -1),
+        log_support_tail=torch.logsumexp(outside.scatter(1, candidates, -torch.inf), -1),
+        entropy=torch.special.entr(logprobs.exp()).sum(-1),
+        log_normalizer=normalizer,
+    )
+    floats = {name: getattr(found, name).float() for name in RowScores.__slots__ if name != "top_ids"}
+    return replace(found, **floats)
