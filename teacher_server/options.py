@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_json_object,
         default={},
         metavar="JSON",
-        help='any other engine argument of vLLM, for example \'{"max_num_seqs": 64}\'',
+        help="any other engine argument of vLLM, for example '{\"max_num_seqs\": 64}'",
     )
 
     add = parser.add_argument_group("running").add_argument

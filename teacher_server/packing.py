@@ -96,7 +96,7 @@ def unpack_answer(answer: NDArray[np.int32], request: RowRequest) -> tuple[Count
     counters = Counters(*(int(value) for value in answer[0, :3]))
     rows = answer[1:]
     floats = rows[:, k:].view(np.float32)
-    fields = {name: floats[:, k + candidates + index] for index, name in enumerate(_SCALARS)}
+    fields: dict[str, np.ndarray] = {name: floats[:, k + candidates + index] for index, name in enumerate(_SCALARS)}
     fields["top_ids"] = rows[:, :k]
     fields["top_logprobs"] = floats[:, :k]
     fields["candidate_logprobs"] = floats[:, k : k + candidates]

@@ -49,7 +49,7 @@ class Shard:
     rank: int
     count: int
     first_id: int
-    all_gather: Callable[[Tensor], Tensor]  # [r, c] of every process -> [count, r, c]
+    all_gather: Callable[[Tensor], Tensor]  # float32 [r, c] of every process -> [count, r, c]
 
 
 def score_rows(
@@ -235,7 +235,7 @@ class _Everyone:
     entropies: Tensor  # [count, r], of a process's own distribution
     wanted_values: Tensor  # [r, 1 + M], of whoever has the column
     top_values: Tensor  # [r, count k]
-    top_ids: Tensor  # [r, count k]
+    top_ids: Tensor  # int32 [r, count k]
 
 
 def _exchange(
@@ -249,8 +249,10 @@ def _exchange(
 ) -> _Everyone:
     wanted = 3 + wanted_values.shape[1]
     scalars = torch.stack([shift, log_total, entropy], dim=1)
-    everyone = shard.all_gather(torch.cat([scalars, wanted_values, top_values], dim=1))
-    ids = shard.all_gather(top_ids)
+    ids = top_ids.to(torch.int32).view(torch.float32)  # as bits, since not every backend gathers whole numbers
+    everyone = shard.all_gather(torch.cat([scalars, wanted_values, top_values, ids], dim=1))
+    ids = everyone[..., wanted + top_ids.shape[1] :].contiguous().view(torch.int32)
+    everyone = everyone[..., : wanted + top_ids.shape[1]]
     shifts = everyone[..., 0]
     largest = shifts.amax(0)
     everyone[..., 3:] += (shifts - largest)[..., None]
@@ -274,10 +276,9 @@ def _exact_log_tails(
     tails: list[Tensor] = []
     for columns, valid in ((top_columns, kept), (wanted[:, 1:], None if owned is None else owned[:, 1:])):
         if columns.shape[1] or not tails:
-            lowest = -torch.inf if valid is None else torch.where(valid, -torch.inf, torch.inf)
             if valid is None:
-                z.scatter_(1, columns, lowest)
+                z.scatter_(1, columns, -torch.inf)
             else:
-                z.scatter_reduce_(1, columns, lowest, "amin")
+                z.scatter_reduce_(1, columns, torch.where(valid, -torch.inf, torch.inf), "amin")
             tails.append(torch.logsumexp(z, dim=-1))
     return torch.stack(tails, dim=1)

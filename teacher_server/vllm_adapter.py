@@ -15,6 +15,9 @@ What is taken from vLLM, and from which of its parts:
 - `Scheduler` and its `KVCacheManager.get_computed_blocks`: a reused prefix must end before the first row to score.
 """
 
+# vLLM is not installed where types are checked: it has an environment of its own.
+# pyright: reportMissingImports=false
+
 import contextlib
 import gc
 import importlib.metadata
@@ -50,10 +53,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from lm_head import LMHead, linear
+from lm_head import linear
 from teacher_server.packing import Counters, RowRequest, join_answer, pack_failure, pack_rows
 from teacher_server.row_scores import RowScores, Shard, score_rows
-from teacher_server.vllm_plugin import FAILURES_VARIABLE
+from teacher_server.vllm_plugin import FAILURES_VARIABLE, SERVER_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +132,10 @@ class Vllm:
         )
         directory = tempfile.TemporaryDirectory(prefix="stillhouse-")
         os.environ[FAILURES_VARIABLE] = str(_failures(directory))
+        os.environ[SERVER_VARIABLE] = str(os.getpid())
+        # What a killed process leaves in shared memory is cleaned up; that need not be the last thing anybody reads.
+        silence = "ignore:resource_tracker:UserWarning"
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), silence]))
         try:
             return cls(AsyncLLM.from_engine_args(engine_arguments(settings)), directory)
         except Exception as error:
@@ -179,6 +186,10 @@ class Vllm:
         """Stops the engine's processes; they are killed if they take more than 10 s."""
         if self._llm is None:
             return
+        handler = getattr(self._llm, "output_handler", None)
+        if handler is not None and not handler.get_loop().is_closed():
+            # Left to itself it takes the end of the processes for their death, and says so with a traceback.
+            handler.get_loop().call_soon_threadsafe(handler.cancel)
         self._llm.shutdown(timeout=10)
         # Its destructor must not run when the interpreter has already taken down what it calls.
         self._llm = None
@@ -239,6 +250,7 @@ def engine_arguments(settings: Settings) -> AsyncEngineArgs:
         "enable_chunked_prefill": True,
         "skip_tokenizer_init": True,
         "scheduler_cls": f"{__name__}.{PrefixScheduler.__name__}",
+        "async_scheduling": False,
         "disable_log_stats": False,
     }
     if settings.gpu_memory_utilization is not None:
@@ -246,10 +258,7 @@ def engine_arguments(settings: Settings) -> AsyncEngineArgs:
     if settings.kv_cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes
     if device_type() == "cpu":
-        # By default vLLM takes nine tenths of the machine for its cache, and compiles for a minute.
-        if settings.kv_cache_bytes is None and settings.gpu_memory_utilization is None:
-            arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
-        arguments["enforce_eager"] = True
+        arguments |= _cpu_arguments(settings)
     ours = sorted(arguments.keys() & settings.further.keys() - {"enforce_eager"})
     if ours:
         raise ValueError(f"--vllm-options: {', '.join(ours)} is set by teacher-server itself; use its own option")
@@ -259,11 +268,29 @@ def engine_arguments(settings: Settings) -> AsyncEngineArgs:
     return AsyncEngineArgs(**{**arguments, **settings.further})
 
 
+def _cpu_arguments(settings: Settings) -> dict[str, Any]:
+    """By default vLLM takes nine tenths of the machine for its cache, and compiles for a minute."""
+    arguments: dict[str, Any] = {"enforce_eager": True}
+    if settings.pipeline_parallel_size > 1:
+        # Its CPU worker prepares the exchange between stages in a step that it skips for a cache of a given size.
+        if settings.kv_cache_bytes is not None:
+            raise ValueError(
+                f"--kv-cache-bytes {settings.kv_cache_bytes}: on a CPU not with --pipeline-parallel-size "
+                f"{settings.pipeline_parallel_size}; give --gpu-memory-utilization instead"
+            )
+        if settings.gpu_memory_utilization is None:
+            arguments["gpu_memory_utilization"] = 0.4 / settings.pipeline_parallel_size
+    elif settings.kv_cache_bytes is None and settings.gpu_memory_utilization is None:
+        arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    return arguments
+
+
 def _check_entry_point() -> None:
     found = importlib.metadata.entry_points(group="vllm.general_plugins")
     if not any(point.value == "teacher_server.vllm_plugin:register" for point in found):
         raise UnsupportedVllm(
-            "the package's vLLM plugin is not installed: pip install 'stillhouse[vllm]' (in a checkout: pip install -e .)"
+            "the package's vLLM plugin is not installed: pip install 'stillhouse[vllm]', or in a checkout "
+            "pip install -e ."
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "stillhouse" not in allowed.split(","):
@@ -282,6 +309,9 @@ class PrefixScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Up to 0.31 a place is kept for a token that a pooling model never samples: the last token of a sequence of
+        # full length would wait for it for ever.
+        self.max_model_len += self.num_sampled_tokens_per_step
         manager: Any = self.kv_cache_manager
         coordinator = manager.coordinator
         computed_blocks, longest_hit = manager.get_computed_blocks, coordinator.find_longest_cache_hit
@@ -373,7 +403,6 @@ class ScoringPooler(Pooler):
         self._max_top_k: int = settings["max_top_k"]
         self._max_candidates: int = settings["max_candidates"]
         self._slice_bytes: int = settings["logits_slice_bytes"]
-        self._model = weakref.ref(model)  # a module that holds its parent has no end
         self._head = _ShardedHead(model, settings["vocabulary_size"])
         self._sequences: weakref.WeakKeyDictionary[Any, _Sequence] = weakref.WeakKeyDictionary()
 
@@ -396,7 +425,8 @@ class ScoringPooler(Pooler):
             begin = end - count
             if sequence is None:
                 extra = param.extra_kwargs or {}
-                sequence = _Sequence(RowRequest.unpack(extra["rows"]), extra.get("scheduled_s", time.monotonic()), begin)
+                scheduled_s = extra.get("scheduled_s", time.monotonic())
+                sequence = _Sequence(RowRequest.unpack(extra["rows"]), scheduled_s, begin)
                 self._sequences[state] = sequence
             # A sequence that was preempted starts again from an earlier position.
             sequence.parts = [(first, rows) for first, rows in sequence.parts if first < begin]
@@ -538,7 +568,7 @@ class _ShardedHead:
         processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
         if len(processors) > 1:
             raise UnsupportedVllm(f"{type(model).__name__} has {len(processors)} logits processors; one is supported")
-        self._model = weakref.ref(model)
+        self._model: Callable[[], Any] = weakref.ref(model)  # a module that holds its parent has no end
         self._vocabulary_size = vocabulary_size
         self._weight: Tensor | None = None
         self.shard: Shard | None = None
@@ -602,9 +632,8 @@ class _ShardedHead:
             # Products of half-precision numbers are exact in float32; only rounding the sums would lose digits.
             z = torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
             return z if bias is None else z.add_(bias)
-        if self._weight is None:
-            self._weight = weight.float()
-        return linear(hidden.float(), self._weight, bias)
+        widened = self._weight = weight.float() if self._weight is None else self._weight
+        return linear(hidden.float(), widened, bias)
 
 
 def _columns_per_process(model: Any, vocabulary_rows: int, heads: int) -> int:

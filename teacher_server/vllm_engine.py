@@ -125,8 +125,9 @@ class VllmEngine:
     async def check(self) -> float:
         """Scores a known sequence in several ways. Raises SelfCheckFailed, or returns the largest difference, nats.
 
-        By our arithmetic and by vLLM's own logits; with its prefix computed and reused; and with its last token
-        replaced, which must change nothing but the log-probability of that token, to what it was as a candidate.
+        By our arithmetic and by vLLM's own logits; with its prefix computed and reused; with its last token
+        replaced, which must change nothing but the log-probability of that token, to what it was as a candidate;
+        and with the token before it replaced, which must change the last row.
         """
         try:
             async with asyncio.timeout(SELF_CHECK_TIMEOUT_S):
@@ -139,7 +140,7 @@ class VllmEngine:
     async def _check(self) -> float:
         task = _probe(self._teacher)
         rows = row_request(task)
-        k, candidates = task.top_k, rows.candidate_ids
+        candidates = rows.candidate_ids
         plain = await self._arrays(task, plain=True)
         tolerance = _tolerance(self._teacher.compute_dtype, plain)
         worst = 0.0
@@ -170,10 +171,11 @@ class VllmEngine:
             changed["sampled_logprobs"][-1:],
             ours["candidate_logprobs"][-1:, 0],
         )
-        if k and len(ours["top_ids"]) > 1:
-            # Rows must belong to their own positions: all alike would mean that one row answers for all.
-            if np.ptp(ours["log_normalizer"]) == 0.0 and np.ptp(ours["top_logprobs"][:, 0]) == 0.0:
-                raise SelfCheckFailed("every position of a random sequence has the same scores")
+        earlier = dataclasses.replace(task, token_ids=task.token_ids.copy())
+        earlier.token_ids[-2] = (earlier.token_ids[-2] + 1) % self._teacher.vocabulary_size
+        moved = await self._arrays(earlier)
+        if moved["log_normalizer"][-1] == ours["log_normalizer"][-1]:
+            raise SelfCheckFailed("the scores of the last token do not depend on the token before it")
         return worst
 
     async def _score(self, task: ScoreTask) -> Scores:

@@ -10,13 +10,16 @@ a scoring model (see `vllm_adapter`), and in the engine's child processes it see
 
 import ctypes
 import logging
-import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 FAILURES_VARIABLE = "STILLHOUSE_VLLM_FAILURES"
 """Path of the file that collects what made a child process fail; its presence marks our own engines."""
+SERVER_VARIABLE = "STILLHOUSE_VLLM_SERVER"
+"""Process id of the server."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -25,7 +28,7 @@ def register() -> None:
     """The entry point. May run more than once in a process."""
     if FAILURES_VARIABLE not in os.environ:
         return
-    if multiprocessing.parent_process() is not None:
+    if os.getpid() != int(os.environ[SERVER_VARIABLE]):
         die_with_parent()
         _report_failures(os.environ[FAILURES_VARIABLE])
     from teacher_server import vllm_adapter
@@ -34,15 +37,27 @@ def register() -> None:
 
 
 def die_with_parent() -> None:
-    """In a child process: dies as soon as its parent is gone, and leaves the terminal's foreground group."""
-    parent = multiprocessing.parent_process()
-    if parent is None or not sys.platform.startswith("linux"):
+    """In a process of the engine: dies as soon as its parent is gone, and leaves the terminal's foreground group."""
+    server = int(os.environ.get(SERVER_VARIABLE, "0"))
+    if not server or os.getpid() == server or not sys.platform.startswith("linux"):
         return
-    if os.getpgrp() == os.getpgid(parent.pid or 0):
+    if os.getpgrp() == os.getpgid(os.getppid()):
         os.setpgid(0, 0)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent.pid:  # it died before it was asked for
+    if server not in _ancestors():  # it died before this was asked for
         os._exit(1)
+
+
+def _ancestors() -> Iterator[int]:
+    """Process ids of the parent, its parent, and so on."""
+    pid = os.getppid()
+    while pid > 0:
+        yield pid
+        try:
+            # The name in parentheses may hold anything; state and parent follow the last of them.
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return
 
 
 def _report_failures(path: str) -> None:

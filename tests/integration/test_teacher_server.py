@@ -4,16 +4,10 @@ needed at one exact moment."""
 import asyncio
 import contextlib
 import dataclasses
-import os
 import re
-import shlex
 import signal
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,68 +37,21 @@ from teacher_server.cli import main
 from teacher_server.metrics import Metrics
 from teacher_server.server import RunningServer, start, stop
 from tests.models import MAX_POSITIONS, VOCABULARY_SIZE, reference_scores, save_model
+from tests.servers import ENGINES, VLLM_SHAPE, ServerProcess, arguments, serving
 from tests.unit.test_validation import GOOD, REFUSED
 from tests.unit.test_validation import TEACHER as LIMITED
 
-ROOT = Path(__file__).parents[2]
 SERVICE = "stillhouse.v1.TeacherService"
 
 
 # The process
 
 
-@dataclass(frozen=True)
-class ServerProcess:
-    """A running `teacher-server` and its one line on standard output, by key."""
-
-    process: subprocess.Popen[str]
-    said: dict[str, str]
-    directory: Path
-
-    def metric(self, name: str) -> float | None:
-        """Value of one series, for example `stillhouse_teacher_pending_tokens`."""
-        with urllib.request.urlopen(self.said["metrics"], timeout=10) as page:
-            text = page.read().decode()
-        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        return float(found[1]) if found else None
-
-
-def arguments(directory: Path, *options: str) -> list[str]:
-    free = ("--device", "cpu", "--listen", "127.0.0.1:0", "--metrics-port", "0")
-    return ["--model", str(directory), *free, *options]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto'}", "OMP_NUM_THREADS": "1"}
-
-
-@contextlib.contextmanager
-def serving(directory: Path, *options: str) -> Iterator[ServerProcess]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "teacher_server.cli", *arguments(directory, *options)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        line = process.stdout.readline()
-        if not line.startswith("teacher-server ready: "):
-            process.kill()
-            raise AssertionError(f"not ready: {line!r}\n{process.stderr.read()}")
-        said = dict(part.split("=", 1) for part in shlex.split(line.removeprefix("teacher-server ready: ")))
-        yield ServerProcess(process, said, directory)
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture(scope="module")
-def oak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    directory = save_model(tmp_path_factory.mktemp("models") / "oak", "llama")
-    with serving(directory, "--max-top-k", "64", "--max-candidates", "16") as server:
+@pytest.fixture(scope="module", params=ENGINES)
+def oak(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Whatever is asserted of it, both engines must pass."""
+    directory = save_model(tmp_path_factory.mktemp("models") / "oak", "llama", **VLLM_SHAPE)
+    with serving(directory, "--max-top-k", "64", "--max-candidates", "16", engine=request.param) as server:
         yield server
 
 
@@ -140,7 +87,7 @@ def test_the_ready_line_says_what_get_teacher_says(oak: ServerProcess, client: T
     assert re.fullmatch("[0-9a-f]{64}", teacher.vocabulary_digest)
     assert (teacher.vocabulary_size, teacher.max_sequence_tokens) == (VOCABULARY_SIZE, MAX_POSITIONS)
     assert (teacher.max_top_k, teacher.max_candidates) == (64, 16)
-    assert (teacher.engine, teacher.compute_dtype) == ("torch", "float32")
+    assert (teacher.engine, teacher.compute_dtype) == (oak.engine, "float32")
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -336,29 +283,41 @@ def test_the_metrics_count_what_was_scored_and_refused(oak: ServerProcess, chann
         f"{prefix}_scored_tokens_total",
         f"{prefix}_prompt_tokens_total",
         f"{prefix}_queue_wait_seconds_count",
-        f"{prefix}_batch_seconds_count",
-        f"{prefix}_batch_sequences_sum",
-        f"{prefix}_batch_tokens_sum",
         f"{prefix}_response_bytes_count",
         f'{prefix}_request_seconds_count{{method="Score"}}',
     ]
+    steps = [1, 1, 15, 5, 1, 1, 2]
+    if oak.engine == "torch":  # vLLM counts its batches itself
+        names += [f"{prefix}_batch_seconds_count", f"{prefix}_batch_sequences_sum", f"{prefix}_batch_tokens_sum"]
+        steps += [1, 1, 20]
     before = [oak.metric(name) or 0.0 for name in names]
     pb_grpc.TeacherServiceStub(channel).Score(encode_request(make_task(0, 20, 5)), timeout=20)
     refusal_of(channel, changed(top_k=65))
     after = [oak.metric(name) or 0.0 for name in names]
-    assert [late - early for early, late in zip(before, after, strict=True)] == [1, 1, 15, 5, 1, 1, 1, 20, 1, 2]
+    assert [late - early for early, late in zip(before, after, strict=True)] == steps
     assert oak.metric(f"{prefix}_pending_tokens") == 0
     assert oak.metric(f"{prefix}_requests_in_flight") == 0
-    info = f'{prefix}_model_info{{dtype="float32",engine="torch",model="oak",revision="{oak.said["revision"]}"'
-    with urllib.request.urlopen(oak.said["metrics"], timeout=10) as page:
-        assert info in page.read().decode()
+    info = f'{prefix}_model_info{{dtype="float32",engine="{oak.engine}",model="oak",revision="{oak.said["revision"]}"'
+    assert info in oak.metrics
 
 
-def test_sigterm_finishes_all_admitted_work_and_exits_with_zero(tmp_path: Path) -> None:
-    wide = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
+@pytest.mark.parametrize(
+    ("engine", "one_at_a_time"),
+    [
+        ("torch", ("--max-batch-tokens", "1")),
+        ("vllm", ("--max-batch-tokens", "128", "--vllm-options", '{"max_num_seqs": 1}')),
+    ],
+)
+def test_sigterm_finishes_all_admitted_work_and_exits_with_zero(
+    tmp_path: Path, engine: str, one_at_a_time: tuple[str, ...]
+) -> None:
+    wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1024, "num_hidden_layers": 6}
     directory = save_model(tmp_path, "llama", **wide)
     # One sequence a batch, so that the last of 64 waits long enough for the signal to come first.
-    with serving(directory, "--max-batch-tokens", "1") as server, TeacherClient([server.said["listen"]]) as client:
+    with (
+        serving(directory, *one_at_a_time, engine=engine) as server,
+        TeacherClient([server.said["listen"]]) as client,
+    ):
         futures = [
             client.submit_score(make_task(seed, MAX_POSITIONS, 1).token_ids, score_start=1, top_k=8)
             for seed in range(64)
@@ -372,8 +331,9 @@ def test_sigterm_finishes_all_admitted_work_and_exits_with_zero(tmp_path: Path) 
         assert all(len(future.result().sampled_logprobs) == MAX_POSITIONS - 1 for future in futures)
         assert client.stats.retries == {}
         assert server.process.wait(30) == 0
-        out, err = server.process.communicate()
-        assert out == ""
+        assert server.process.stdout is not None
+        assert server.process.stdout.read() == ""
+        err = server.log
         stopping = re.search(r"stopping: in_flight=(\d+)", err)
         assert stopping is not None
         assert int(stopping[1]) > 0, "the signal came after the work"

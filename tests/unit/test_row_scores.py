@@ -143,9 +143,7 @@ def test_slices_and_temperatures_change_nothing_else(slice_bytes: int) -> None:
     assert_scores(rows, reference(z / temperatures.double()[:, None], targets, 6, candidates))
 
 
-def sharded(
-    z: Tensor, targets: Tensor, k: int, candidates: Tensor, count: int, padded: int
-) -> list[RowScores]:
+def sharded(z: Tensor, targets: Tensor, k: int, candidates: Tensor, count: int, padded: int) -> list[RowScores]:
     """Scores by `count` threads that each have a part of the columns, padded to `padded` columns in all."""
     z = torch.nn.functional.pad(z, (0, padded - z.shape[1]), value=-1e30)
     columns = padded // count
