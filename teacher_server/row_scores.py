@@ -144,7 +144,7 @@ def score_logits(
     if candidate_ids.shape[1]:
         sums.drop(wanted[:, 1:], None if owned is None else owned[:, 1:])
         tails.append(sums.total())
-    if top_k < columns and any((tail < _TINY_TAIL).any() for tail in tails):
+    if top_k < columns and (torch.stack(tails) < _TINY_TAIL).any():
         log_tails = _exact_log_tails(z, top_columns, kept, wanted, owned)
     else:
         log_tails = torch.stack(tails, dim=1).log()  # [r, 1 or 2]

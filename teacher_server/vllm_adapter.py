@@ -143,6 +143,11 @@ class Vllm:
                 cause = _first_failure(directory)
             if cause is None:  # it failed in this process, and says so itself
                 raise
+            if "memory" in cause.lower():
+                cause += (
+                    " (teacher-server's options: --gpu-memory-utilization, --kv-cache-bytes, --max-sequence-tokens, "
+                    "--max-batch-tokens, --logits-slice-bytes)"
+                )
             raise RuntimeError(cause) from error
 
     @property
@@ -270,18 +275,11 @@ def engine_arguments(settings: Settings) -> AsyncEngineArgs:
 
 def _cpu_arguments(settings: Settings) -> dict[str, Any]:
     """By default vLLM takes nine tenths of the machine for its cache, and compiles for a minute."""
-    arguments: dict[str, Any] = {"enforce_eager": True}
-    if settings.pipeline_parallel_size > 1:
-        # Its CPU worker prepares the exchange between stages in a step that it skips for a cache of a given size.
-        if settings.kv_cache_bytes is not None:
-            raise ValueError(
-                f"--kv-cache-bytes {settings.kv_cache_bytes}: on a CPU not with --pipeline-parallel-size "
-                f"{settings.pipeline_parallel_size}; give --gpu-memory-utilization instead"
-            )
-        if settings.gpu_memory_utilization is None:
-            arguments["gpu_memory_utilization"] = 0.4 / settings.pipeline_parallel_size
-    elif settings.kv_cache_bytes is None and settings.gpu_memory_utilization is None:
+    arguments: dict[str, Any] = {}
+    if settings.kv_cache_bytes is None and settings.gpu_memory_utilization is None:
         arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    # What stages exchange is prepared in the step that compiles; without it the first sequence ends the engine.
+    arguments["enforce_eager"] = settings.pipeline_parallel_size == 1
     return arguments
 
 

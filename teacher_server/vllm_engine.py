@@ -239,10 +239,13 @@ def _failure(text: str, task: ScoreTask) -> StillhouseError:
 
 
 def _probe(teacher: Teacher) -> ScoreTask:
-    """A random sequence of 96 tokens (or what fits), the second half of which is scored."""
+    """A random sequence of 320 tokens (or what fits), the last 48 of which are scored.
+
+    The rest is long enough for blocks of 128 tokens, the largest that vLLM reuses prefixes by.
+    """
     rng = np.random.default_rng(0)
-    tokens = min(96, teacher.max_sequence_tokens)
-    start = max(1, tokens // 2)
+    tokens = min(320, teacher.max_sequence_tokens)
+    start = max(1, tokens - 48)
     return ScoreTask(
         model="",
         token_ids=rng.integers(0, teacher.vocabulary_size, tokens).astype(np.int32),

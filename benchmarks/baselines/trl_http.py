@@ -18,7 +18,7 @@ from benchmarks.baselines import contender
 from benchmarks.baselines.contender import Answer, Contender, Sequences
 
 NAME = "vllm serve + TRL"
-_MODULE = "vllm.entrypoints.openai.api_server"
+_MODULE = "vllm.entrypoints.launchers.api_server.entry"
 
 
 @contextlib.contextmanager

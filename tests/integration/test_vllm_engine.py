@@ -136,7 +136,7 @@ def health(channel: grpc.Channel) -> int:
     + [
         ("qwen3", ("--tensor-parallel-size", "2")),
         ("phi", ("--tensor-parallel-size", "2")),
-        ("llama", ("--pipeline-parallel-size", "2", "--gpu-memory-utilization", "0.1")),
+        ("llama", ("--pipeline-parallel-size", "2")),
     ],
     ids=lambda value: "".join(value) if isinstance(value, tuple) else value,
 )
@@ -496,7 +496,7 @@ def test_a_vocabulary_that_disagrees_with_the_weights_is_named(model: Path) -> N
 def test_too_little_memory_is_named(model: Path) -> None:
     code, line = refused(model, "--kv-cache-bytes", str(2**15))
     assert code == 1
-    assert "KV cache" in line or "kv cache" in line.lower()
+    assert "--kv-cache-bytes" in line
 
 
 @pytest.mark.parametrize(
