@@ -125,9 +125,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--cell-limit-s", type=float, default=300.0, help="a cell that takes longer is given up")
     parser.add_argument("--minutes", type=float, default=40.0, help="cells not begun by then are left out")
     parser.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every server process")
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="one more variable for every server process"
+    )
     parser.add_argument("--grpc-packages", type=Path, metavar="DIR", help="where the packages of vllm serve --grpc are")
     parser.add_argument("--out", type=Path, help=f"default {RESULTS.relative_to(contender.ROOT)}, nothing if --quick")
     options = parser.parse_args()
+    options.variables = contender.variables(options.threads) | dict(item.split("=", 1) for item in options.env)
     if options.quick:
         options.tokens, options.k, options.concurrency = [512], [64], [8]
     elif options.out is None:
@@ -195,7 +199,7 @@ class _Run:
 
     def _servers(self) -> list[Server]:
         options = self._options
-        common: dict[str, Any] = {"threads": options.threads, "limit_s": options.cell_limit_s}
+        common: dict[str, Any] = {"variables": options.variables, "limit_s": options.cell_limit_s}
         servers = [
             Server((ours.PLAIN, *_EXTRAS), functools.partial(ours.started, **common)),
             Server((offline.OFFLINE, offline.FLOOR), functools.partial(offline.started, **common)),
@@ -347,7 +351,7 @@ def _environment(options: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "client": {name: importlib.metadata.version(name) for name in ("torch", "grpcio", "protobuf", "numpy", "trl")},
         "server": _server_versions(),
-        "server_variables": contender.variables(options.threads),
+        "server_variables": options.variables,
         "dtype": contender.DTYPE,
         "max_batch_tokens": contender.MAX_BATCH_TOKENS,
         "kv_cache_bytes": contender.KV_CACHE_BYTES,

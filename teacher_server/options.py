@@ -185,7 +185,6 @@ def build_parser() -> argparse.ArgumentParser:
 def check(options: Options) -> None:
     """Raises OptionError for what can be seen to be wrong without loading anything."""
     _check_choice("--engine", options.engine, ENGINES)
-    _check_vllm_options(options)
     _check_choice("--dtype", options.dtype, DTYPES)
     _check_choice("--log-level", options.log_level, LOG_LEVELS)
     _check_model_directory(options.model)
@@ -207,6 +206,7 @@ def check(options: Options) -> None:
     ):
         if value is not None and value < smallest:
             raise OptionError(f"{option} {value}: give {smallest} or more")
+    _check_vllm_options(options)
     if not 1 <= options.max_response_bytes <= MAX_RESPONSE_BYTES:
         raise OptionError(
             f"--max-response-bytes {options.max_response_bytes}: give 1 .. {MAX_RESPONSE_BYTES}, "
@@ -225,17 +225,17 @@ def _check_vllm_options(options: Options) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise OptionError("--engine vllm: vllm is not installed; pip install 'stillhouse[vllm]'")
         return
-    for option, given in (
-        ("--tensor-parallel-size", options.tensor_parallel_size != 1),
-        ("--pipeline-parallel-size", options.pipeline_parallel_size != 1),
-        ("--quantization", options.quantization is not None),
-        ("--gpu-memory-utilization", share is not None),
-        ("--kv-cache-bytes", options.kv_cache_bytes is not None),
-        ("--no-prefix-caching", not options.prefix_caching),
-        ("--vllm-options", bool(options.vllm_options)),
+    for option, value, given in (
+        ("--tensor-parallel-size", options.tensor_parallel_size, options.tensor_parallel_size != 1),
+        ("--pipeline-parallel-size", options.pipeline_parallel_size, options.pipeline_parallel_size != 1),
+        ("--quantization", options.quantization, options.quantization is not None),
+        ("--gpu-memory-utilization", share, share is not None),
+        ("--kv-cache-bytes", options.kv_cache_bytes, options.kv_cache_bytes is not None),
+        ("--no-prefix-caching", "", not options.prefix_caching),
+        ("--vllm-options", json.dumps(options.vllm_options), bool(options.vllm_options)),
     ):
         if given:
-            raise OptionError(f"{option}: the {options.engine} engine has no such thing; add --engine vllm")
+            raise OptionError(f"{option} {value}: the {options.engine} engine has no such option; add --engine vllm")
 
 
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:

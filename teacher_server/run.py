@@ -63,7 +63,6 @@ def _run_vllm(options: Options, metrics: Metrics) -> None:
     device = vllm_adapter.device_type()
     if options.device not in ("auto", device):
         raise OptionError(f"--device {options.device}: the installed vllm computes on {device}; give auto")
-    vllm_adapter.check_version()
     vllm_adapter.check_architectures(config.architectures or ())
     dtype = compute_dtype(options.dtype, config, torch.device(device))
     teacher = describe_model(options, config, dtype)

@@ -15,8 +15,10 @@ What is taken from vLLM, and from which of its parts:
 - `Scheduler` and its `KVCacheManager.get_computed_blocks`: a reused prefix must end before the first row to score.
 """
 
-# vLLM is not installed where types are checked: it has an environment of its own.
+# vLLM is not installed where types are checked: it has an environment of its own. And its version is looked at, and its
+# environment set, before anything is imported from it.
 # pyright: reportMissingImports=false
+# ruff: noqa: E402
 
 import contextlib
 import gc
@@ -41,6 +43,11 @@ import numpy as np
 import torch
 import vllm
 from torch import Tensor
+
+from teacher_server.vllm_versions import UnsupportedVllm, check_version
+
+check_version(vllm.__version__)  # before anything of it that another version may not have
+
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
@@ -60,8 +67,6 @@ from teacher_server.vllm_plugin import FAILURES_VARIABLE, SERVER_VARIABLE
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = ((0, 25), (0, 33))
-"""First and last minor version of vLLM that this file was read against."""
 CPU_KV_CACHE_BYTES = 2 * 2**30
 
 _ARCHITECTURES_VARIABLE = "STILLHOUSE_VLLM_ARCHITECTURES"
@@ -72,10 +77,6 @@ _MASKED = -1e30  # logit of a column that is no token: probability 0, and unlike
 
 class EngineDied(RuntimeError):
     """The engine's processes are gone; nothing more can be scored."""
-
-
-class UnsupportedVllm(RuntimeError):
-    """This version of vLLM, or this model in it, cannot be served."""
 
 
 # The front end: what `vllm_engine` uses
@@ -118,7 +119,6 @@ class Vllm:
         Call it from the main thread: the children die with the thread that started them. Raises UnsupportedVllm,
         or RuntimeError with the cause if the engine does not come up; no process is left then.
         """
-        check_version()
         _check_entry_point()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", settings.log_level.upper())
         os.environ[_ARCHITECTURES_VARIABLE] = ",".join(settings.architectures)
@@ -214,18 +214,6 @@ def _first_failure(directory: "tempfile.TemporaryDirectory[str]") -> str | None:
     return lines[0] if lines else None
 
 
-def check_version(version: str = vllm.__version__) -> None:
-    """Raises UnsupportedVllm unless `version` is one that this file was read against."""
-    numbers = version.split("+")[0].split(".")
-    found = tuple(int(number) for number in numbers[:2]) if all(n.isdigit() for n in numbers[:2]) else ()
-    (low_major, low), (high_major, high) = SUPPORTED
-    if not SUPPORTED[0] <= found <= SUPPORTED[1]:
-        raise UnsupportedVllm(
-            f"vllm {version} is installed; this version of teacher-server serves with vllm "
-            f"{low_major}.{low} to {high_major}.{high}: pip install 'stillhouse[vllm]'"
-        )
-
-
 def check_architectures(architectures: Sequence[str]) -> None:
     """Raises UnsupportedVllm unless vLLM itself has a causal LM of this architecture."""
     if not any(name in ModelRegistry.models for name in architectures):
@@ -315,14 +303,14 @@ class PrefixScheduler(Scheduler):
         computed_blocks, longest_hit = manager.get_computed_blocks, coordinator.find_longest_cache_hit
         last_row: int | None = None
 
-        def get_computed_blocks(request: Any) -> Any:
+        def get_computed_blocks(request: Any, *rest: Any, **more: Any) -> Any:
             nonlocal last_row
             extra = request.pooling_params.extra_kwargs if request.pooling_params is not None else None
             last_row = extra["first_row"] if extra else None
             if extra:
                 extra.setdefault("scheduled_s", time.monotonic())
             try:
-                return computed_blocks(request)
+                return computed_blocks(request, *rest, **more)
             finally:
                 last_row = None
 

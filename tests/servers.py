@@ -29,16 +29,16 @@ VLLM_SHAPE: dict[str, Any] = {
 
 
 def interpreter(engine: str) -> str:
-    """The Python that has the engine: vLLM lives in an environment of its own."""
+    """The Python that has the engine: vLLM lives in an environment of its own, or in that of VLLM_PYTHON."""
     if engine == "torch":
         return sys.executable
-    python = ROOT / ".venv-vllm" / "bin" / "python"
+    python = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
     assert python.exists(), f"{python} is missing: run `make deps`"
     return str(python)
 
 
 def environment(**variables: str) -> dict[str, str]:
-    path = f"{ROOT}{os.pathsep}{ROOT / 'proto'}"
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH")]))
     threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return {**os.environ, "PYTHONPATH": path, **threads, **variables}
 

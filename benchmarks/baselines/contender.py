@@ -135,10 +135,10 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
 
 @contextlib.contextmanager
 def process(
-    command: Sequence[str], ready: Callable[[subprocess.Popen[str]], bool], *, threads: int, **options: Any
+    command: Sequence[str], ready: Callable[[subprocess.Popen[str]], bool], *, variables: dict[str, str], **options: Any
 ) -> Iterator[subprocess.Popen[str]]:
     """Runs `command` until the end of the block, which starts when `ready` says so. Raises ContenderFailed."""
-    options["env"] = {**os.environ, **variables(threads), **options.get("env", {})}
+    options["env"] = {**os.environ, **variables, **options.get("env", {})}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         running = subprocess.Popen(command, text=True, stderr=log, **{"stdout": log, **options})
         try:

@@ -31,7 +31,7 @@ _SLICE_BYTES = 256 * 2**20
 
 
 @contextlib.contextmanager
-def started(model: Path, *, threads: int, limit_s: float) -> Iterator["Offline"]:
+def started(model: Path, *, variables: dict[str, str], limit_s: float) -> Iterator["Offline"]:
     """An engine of `model`."""
 
     def ready(running: subprocess.Popen[str]) -> bool:
@@ -40,7 +40,7 @@ def started(model: Path, *, threads: int, limit_s: float) -> Iterator["Offline"]
 
     command = [str(contender.VLLM_PYTHON), "-m", "benchmarks.baselines.offline", str(model)]
     options: dict[str, Any] = {"cwd": contender.ROOT, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with contender.process(command, ready, threads=threads, **options) as running:
+    with contender.process(command, ready, variables=variables, **options) as running:
         yield Offline(running)
 
 

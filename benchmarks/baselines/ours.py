@@ -1,4 +1,8 @@
-"""teacher-server with the vLLM engine, asked by AsyncTeacherClient."""
+"""teacher-server with the vLLM engine, asked by AsyncTeacherClient.
+
+A plain event loop, not asyncio.Runner: with the latter, restoring the signal handler costs a repr() of the task's
+result, here of every array, more than all else the client does (Python 3.11).
+"""
 
 import asyncio
 import contextlib
@@ -22,17 +26,17 @@ PLAIN, HALF_PRECISION, SECOND_HALF = "ours", "ours, float16 wire", "ours, second
 
 
 @contextlib.contextmanager
-def started(model: Path, *, threads: int, limit_s: float) -> Iterator["Ours"]:
+def started(model: Path, *, variables: dict[str, str], limit_s: float) -> Iterator["Ours"]:
     """A server of `model`."""
     options = ("--dtype", contender.DTYPE, "--max-batch-tokens", str(contender.MAX_BATCH_TOKENS))
     options += ("--kv-cache-bytes", str(contender.KV_CACHE_BYTES), "--log-level", "warning")
     try:
         server = contextlib.ExitStack()
-        running = server.enter_context(serving(model, *options, engine="vllm", variables=contender.variables(threads)))
+        running = server.enter_context(serving(model, *options, engine="vllm", variables=variables))
     except AssertionError as error:
         raise ContenderFailed(str(error)[-500:]) from error
-    with server, asyncio.Runner() as runner:
-        ours = Ours(running.process.pid, running.said["listen"], runner, limit_s)
+    with server, contextlib.closing(asyncio.new_event_loop()) as loop:
+        ours = Ours(running.process.pid, running.said["listen"], loop, limit_s)
         try:
             yield ours
         finally:
@@ -41,23 +45,23 @@ def started(model: Path, *, threads: int, limit_s: float) -> Iterator["Ours"]:
 
 
 class Ours(Contender):
-    def __init__(self, pid: int, address: str, runner: asyncio.Runner, limit_s: float) -> None:
+    def __init__(self, pid: int, address: str, loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
         super().__init__(pid)
         self._address = address
-        self._runner = runner
+        self._loop = loop
         self._limit_s = limit_s
-        self._client: AsyncTeacherClient = runner.run(_client(address))
+        self._client: AsyncTeacherClient = loop.run_until_complete(_client(address))
         self._last: tuple[NDArray[np.int32], int, int, bool] | None = None
 
     def wave(self, variant: str, sequences: Sequences, k: int) -> float:
         start = len(sequences[0]) // 2 if variant == SECOND_HALF else 1
         self._last = sequences[0], start, k, variant == HALF_PRECISION
         began_s = time.perf_counter()
-        self._runner.run(self._scores(sequences, start, k, variant == HALF_PRECISION))
+        self._loop.run_until_complete(self._scores(sequences, start, k, variant == HALF_PRECISION))
         return time.perf_counter() - began_s
 
     def answer(self, sequence: NDArray[np.int32], k: int) -> Answer:
-        (scores,) = self._runner.run(self._scores([sequence], 1, k, False))
+        (scores,) = self._loop.run_until_complete(self._scores([sequence], 1, k, False))
         return Answer(
             np.asarray(scores.sampled_logprobs, np.float32),
             scores.top_ids,
@@ -66,10 +70,10 @@ class Ours(Contender):
 
     def payload_bytes(self) -> int | None:
         assert self._last is not None
-        return self._runner.run(self._response_bytes(*self._last))
+        return self._loop.run_until_complete(self._response_bytes(*self._last))
 
     def close(self) -> None:
-        self._runner.run(self._client.close())
+        self._loop.run_until_complete(self._client.close())
 
     async def _scores(self, sequences: Sequences, start: int, k: int, half_precision: bool) -> list[Scores]:
         return await asyncio.gather(

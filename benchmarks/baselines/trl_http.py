@@ -22,7 +22,7 @@ _MODULE = "vllm.entrypoints.launchers.api_server.entry"
 
 
 @contextlib.contextmanager
-def started(model: Path, *, threads: int, limit_s: float) -> Iterator["TrlHttp"]:
+def started(model: Path, *, variables: dict[str, str], limit_s: float) -> Iterator["TrlHttp"]:
     """A server of `model`."""
     port = contender.free_port()
 
@@ -33,7 +33,7 @@ def started(model: Path, *, threads: int, limit_s: float) -> Iterator["TrlHttp"]
         except (urllib.error.URLError, OSError):
             return False
 
-    with contender.process(contender.serve_command(_MODULE, model, port), ready, threads=threads) as running:
+    with contender.process(contender.serve_command(_MODULE, model, port), ready, variables=variables) as running:
         yield TrlHttp(running.pid, port, limit_s)
 
 

@@ -47,7 +47,7 @@ def _environment(packages: Path | None) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(model: Path, *, threads: int, limit_s: float, packages: Path | None) -> Iterator["VllmGrpc"]:
+def started(model: Path, *, variables: dict[str, str], limit_s: float, packages: Path | None) -> Iterator["VllmGrpc"]:
     """A server of `model`."""
     port = contender.free_port()
 
@@ -62,10 +62,10 @@ def started(model: Path, *, threads: int, limit_s: float, packages: Path | None)
 
     command = contender.serve_command(_MODULE, model, port)
     with (
-        contender.process(command, ready, threads=threads, env=_environment(packages)) as running,
-        asyncio.Runner() as runner,
+        contender.process(command, ready, variables=variables, env=_environment(packages)) as running,
+        contextlib.closing(asyncio.new_event_loop()) as loop,
     ):
-        theirs = VllmGrpc(running.pid, port, runner, limit_s)
+        theirs = VllmGrpc(running.pid, port, loop, limit_s)
         try:
             yield theirs
         finally:
@@ -73,20 +73,20 @@ def started(model: Path, *, threads: int, limit_s: float, packages: Path | None)
 
 
 class VllmGrpc(Contender):
-    def __init__(self, pid: int, port: int, runner: asyncio.Runner, limit_s: float) -> None:
+    def __init__(self, pid: int, port: int, loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
         super().__init__(pid)
-        self._channel: grpc.aio.Channel = runner.run(_channel(port))
-        self._runner = runner
+        self._channel: grpc.aio.Channel = loop.run_until_complete(_channel(port))
+        self._loop = loop
         self._limit_s = limit_s
         self._bytes = 0
 
     def wave(self, variant: str, sequences: Sequences, k: int) -> float:
         began_s = time.perf_counter()
-        self._runner.run(self._scores(sequences, k))
+        self._loop.run_until_complete(self._scores(sequences, k))
         return time.perf_counter() - began_s
 
     def answer(self, sequence: NDArray[np.int32], k: int) -> Answer:
-        (found,) = self._runner.run(self._scores([sequence], k))
+        (found,) = self._loop.run_until_complete(self._scores([sequence], k))
         order = np.argsort(-found.top_logprobs, axis=1, kind="stable")[:, : k - 1]
         return Answer(
             found.sampled_logprobs,
@@ -98,7 +98,7 @@ class VllmGrpc(Contender):
         return self._bytes
 
     def close(self) -> None:
-        self._runner.run(self._channel.close())
+        self._loop.run_until_complete(self._channel.close())
 
     async def _scores(self, sequences: Sequences, k: int) -> list[Answer]:
         return await asyncio.gather(*(self._score(sequence, k) for sequence in sequences))

@@ -31,6 +31,7 @@ from teacher_server.packing import (
 )
 from teacher_server.row_scores import score_logits
 from teacher_server.vllm_engine import SelfCheckFailed, VllmEngine
+from teacher_server.vllm_versions import UnsupportedVllm, check_version
 from tests.models import scores_of_logits
 
 V = 40
@@ -363,3 +364,17 @@ async def test_tiny_models_can_be_checked_too() -> None:
         max_queue_tokens=10,
     )
     assert await small.check() <= 1e-5
+
+
+# Versions
+
+
+@pytest.mark.parametrize("version", ["0.25.0", "0.25.1", "0.32.0+cpu", "0.33.0", "0.33.0rc1"])
+def test_versions_in_the_range_are_served_with(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.24.9", "0.34.0", "1.0", "0.9.2", "dev", "0.dev1", "0"])
+def test_versions_out_of_the_range_are_refused(version: str) -> None:
+    with pytest.raises(UnsupportedVllm, match=rf"vllm {version} is installed.*0\.25 to 0\.33"):
+        check_version(version)
