@@ -144,10 +144,12 @@ def _parse() -> argparse.Namespace:
 @contextlib.contextmanager
 def _model(vocabulary_size: int) -> Iterator[Path]:
     import torch
+    import transformers
 
     from tests.models import save_model
     from tests.servers import VLLM_SHAPE
 
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="teacher-throughput-") as directory:
         yield save_model(
             Path(directory),
@@ -254,11 +256,12 @@ class _Run:
         self._begun += 1
         limit_s, at = self._options.cell_limit_s, f"{self._begun}/{self._total}, {self._minutes():.1f} min"
         print(f"[{at}] {cell}, at most {limit_s:g} s ...", file=sys.stderr)
-        try:
-            with contender.deadline(running.tree, limit_s):
+        with contender.deadline(running.tree, limit_s) as expired:
+            try:
                 found = _measure(running, cell, self._options.seconds)
-        except Exception as error:  # of any client: out of memory, past the deadline, refused
-            found = {"skipped": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
+            except Exception as error:  # of any client: out of memory, refused, or the deadline's doing
+                why_not = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                found = {"skipped": f"not done in {limit_s:g} s" if expired.is_set() else why_not}
         rate = found.get("positions_per_s")
         print(f"    {found['skipped'] if rate is None else f'{rate:.0f} positions/s'}", file=sys.stderr)
         return {**asdict(cell), **found}

@@ -79,6 +79,9 @@ def score_rows(
     row_bytes = 4 * max(columns, min(columns, _BLOCK * wanted) + 8 * wanted)
     rows = max(1, logits_slice_bytes // row_bytes)
     cached = max(1, _CACHED_BYTES // row_bytes) if hidden.device.type == "cpu" else rows
+    scratch = None
+    if hidden.device.type == "cpu":  # fresh memory costs a CPU more than what is then done with it
+        scratch = torch.empty((2, min(cached, rows, len(hidden)), columns))
     parts: list[RowScores] = []
     for start in range(0, len(hidden), rows):
         z = logits(hidden[start : start + rows])
@@ -87,7 +90,7 @@ def score_rows(
             here = slice(start + low, start + low + len(part))
             if temperatures is not None:
                 part /= temperatures[here, None]
-            parts.append(score_logits(part, target_ids[here], top_k, candidate_ids[here], shard))
+            parts.append(score_logits(part, target_ids[here], top_k, candidate_ids[here], shard, scratch))
         del z
     if len(parts) == 1:
         return parts[0]
@@ -97,10 +100,18 @@ def score_rows(
 
 
 def score_logits(
-    z: Tensor, target_ids: Tensor, top_k: int, candidate_ids: Tensor, shard: Shard | None = None
+    z: Tensor,
+    target_ids: Tensor,
+    top_k: int,
+    candidate_ids: Tensor,
+    shard: Shard | None = None,
+    scratch: Tensor | None = None,
 ) -> RowScores:
-    """Scores of logits z: float32 [r, V], over their temperatures already. z is overwritten."""
-    columns = z.shape[1]
+    """Scores of logits z: float32 [r, V], over their temperatures already. z is overwritten.
+
+    scratch: float32 [2, r or more, V] to compute in, if the caller has it.
+    """
+    rows, columns = z.shape
     top_values, top_columns, largest = _top(z, min(top_k, columns))
     # A process whose columns are all masked has no largest logit; the exponentials are zero all the same.
     shift = torch.where(largest == -torch.inf, 0.0, largest)
@@ -116,11 +127,11 @@ def score_logits(
         wanted_values = torch.where(owned, wanted_values, -torch.inf)
     top_values = top_values - shift[:, None]
 
-    e = torch.exp(z)
+    e = torch.exp(z, out=None if scratch is None else scratch[0, :rows])
     sums = _Sums(e, by_block=2 * _BLOCK * (top_k + candidate_ids.shape[1]) <= columns)
     total = sums.total()
     log_total = torch.log(total)  # as all below less the shift: logits of 5,000 have no digits to spare
-    entropy = log_total - _moment(z, e) / total
+    entropy = log_total - _moment(z, e, None if scratch is None else scratch[1, :rows]) / total
 
     kept = None
     top_ids = top_columns
@@ -218,9 +229,9 @@ class _Sums:
             self._sums.scatter_(1, touched, members.sum(-1))
 
 
-def _moment(z: Tensor, e: Tensor) -> Tensor:
+def _moment(z: Tensor, e: Tensor, scratch: Tensor | None) -> Tensor:
     """Sum of e z of each row, z being e's logarithm: [r]."""
-    moment = torch.linalg.vecdot(e, z)
+    moment = torch.mul(e, z, out=scratch).sum(-1)
     if moment.isnan().any():  # 0 times -inf; slower, and as NaN as before if there is a NaN in z
         moment = -torch.special.entr(e).sum(-1)
     return moment

@@ -2,8 +2,13 @@
 
 import asyncio
 import logging
+import os
 import time
 from dataclasses import asdict
+
+# Before torch allocates anything: large memory on a CPU in huge pages, or a slice of logits costs 65,000 page faults.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave their cores to the other processes
 
 import torch
 import transformers

@@ -38,6 +38,8 @@ from typing import Any
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is ours
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch takes large memory on a CPU in huge pages
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave their cores to the other processes
 
 import numpy as np
 import torch

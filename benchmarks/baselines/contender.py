@@ -117,12 +117,21 @@ class Tree:
 
 
 @contextlib.contextmanager
-def deadline(tree: Tree, seconds: float) -> Iterator[None]:
-    """Kills the processes unless the block ends in time: whoever waits for one of them then learns that it is gone."""
-    timer = threading.Timer(seconds, tree.kill)
+def deadline(tree: Tree, seconds: float) -> Iterator[threading.Event]:
+    """Kills the processes unless the block ends in time: whoever waits for one of them then learns that it is gone.
+
+    The event says whether it came to that.
+    """
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        tree.kill()
+
+    timer = threading.Timer(seconds, expire)
     timer.start()
     try:
-        yield
+        yield expired
     finally:
         timer.cancel()
 

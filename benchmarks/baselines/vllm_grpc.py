@@ -118,9 +118,10 @@ class VllmGrpc(Contender):
             tokenized=theirs.TokenizedInput(input_ids=sequence.tolist()),
             sampling_params=theirs.SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=k),
         )
-        async for response in method(request, timeout=self._limit_s):
-            return _answer(response.complete.input_logprobs)
-        raise contender.ContenderFailed("the stream ended without an answer")
+        answers = [_answer(r.complete.input_logprobs) async for r in method(request, timeout=self._limit_s)]
+        if len(answers) != 1:
+            raise contender.ContenderFailed(f"the stream had {len(answers)} answers")
+        return answers[0]
 
 
 async def _channel(port: int) -> grpc.aio.Channel:
