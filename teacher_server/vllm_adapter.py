@@ -439,7 +439,7 @@ class ScoringPooler(Pooler):
                 answers.append(None)
                 continue
             del self._sequences[state]
-            answers.append(_answer(sequence, done_s, sum(finished), hidden_states))
+            answers.append(_answer(sequence, done_s, sum(finished)))
         return answers
 
     def _score(self, hidden: Tensor, group: tuple[int, int, bool], work: "list[_Rows]") -> None:
@@ -522,7 +522,7 @@ class _Rows:
     hidden: slice  # in the step's hidden states
 
 
-def _answer(sequence: _Sequence, done_s: float, finished: int, like: Tensor) -> Tensor:
+def _answer(sequence: _Sequence, done_s: float, finished: int) -> Tensor:
     """The answer of a finished sequence; without rows if one of them was not computed."""
     for _, part in sequence.parts:
         if part.dtype == torch.uint8:
