@@ -30,7 +30,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from lm_head import linear
-from teacher_server.packing import Counters, RowRequest, join_answer, pack_failure, pack_rows
-from teacher_server.row_scores import RowScores, Shard, score_rows
+from teacher_server.packing import RowRequest
+from teacher_server.row_scores import Shard
+from teacher_server.step_scores import Part, StepScorer
 from teacher_server.vllm_plugin import FAILURES_VARIABLE, SERVER_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -372,177 +373,43 @@ def scoring_class(base: type) -> type:
     return Scoring
 
 
-@dataclass(slots=True)
-class _Sequence:
-    """What the worker knows of a sequence between its steps."""
-
-    request: RowRequest
-    scheduled_s: float
-    cached_tokens: int
-    parts: list[tuple[int, Tensor]] = field(default_factory=list)  # (first position, packed rows), in their order
-
-
 class ScoringPooler(Pooler):
     """Hidden states of a step in; for each sequence that it finishes the packed scores of its rows out."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         settings = json.loads(os.environ[_SETTINGS_VARIABLE])
-        self._max_top_k: int = settings["max_top_k"]
-        self._max_candidates: int = settings["max_candidates"]
-        self._slice_bytes: int = settings["logits_slice_bytes"]
-        self._head = _ShardedHead(model, settings["vocabulary_size"])
-        self._sequences: weakref.WeakKeyDictionary[Any, _Sequence] = weakref.WeakKeyDictionary()
+        head = _ShardedHead(model, settings.pop("vocabulary_size"))
+        self._scorer = StepScorer(head, **settings)
 
     def get_supported_tasks(self) -> set[Any]:
         return {_TASK}
 
     def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> list[Tensor | None]:
         params: list[PoolingParams] = pooling_metadata.pooling_params
-        if any(param.extra_kwargs is None for param in params):
-            return self._rehearse(hidden_states, len(params))
+        if any(param.extra_kwargs is None for param in params):  # the step of vLLM's memory profile
+            return list(self._scorer.rehearse(hidden_states)[: len(params), None].unbind())
         cursor = pooling_metadata.get_pooling_cursor()
-        states = pooling_metadata.pooling_states
-        scheduled: list[int] = cursor.num_scheduled_tokens_cpu.tolist()
-        ends: list[int] = cursor.seq_lens_cpu.tolist()
-        lengths: list[int] = cursor.prompt_lens_cpu.tolist()
-        work: dict[tuple[int, int, bool], list[_Rows]] = {}
-        offset = 0
-        for param, state, count, end in zip(params, states, scheduled, ends, strict=True):
-            sequence = self._sequences.get(state)
-            begin = end - count
-            if sequence is None:
-                extra = param.extra_kwargs or {}
-                scheduled_s = extra.get("scheduled_s", time.monotonic())
-                sequence = _Sequence(RowRequest.unpack(extra["rows"]), scheduled_s, begin)
-                self._sequences[state] = sequence
-            # A sequence that was preempted starts again from an earlier position.
-            sequence.parts = [(first, rows) for first, rows in sequence.parts if first < begin]
-            request = sequence.request
-            low = max(begin, request.first_row)
-            high = min(end, request.first_row + len(request.target_ids))
-            if low < high:
-                work.setdefault(request.group, []).append(
-                    _Rows(sequence, low, low - request.first_row, slice(offset + low - begin, offset + high - begin))
-                )
-            offset += count
-        for group, rows in work.items():
-            self._score(hidden_states, group, rows)
-        done_s = time.monotonic()
-        finished = [end == length for end, length in zip(ends, lengths, strict=True)]
-        answers: list[Tensor | None] = []
-        for state, complete in zip(states, finished, strict=True):
-            sequence = self._sequences[state]
-            if not complete:
-                # Rows that wait for the rest of their sequence wait in main memory.
-                sequence.parts = [(first, rows.cpu()) for first, rows in sequence.parts]
-                answers.append(None)
-                continue
-            del self._sequences[state]
-            answers.append(_answer(sequence, done_s, sum(finished)))
-        return answers
-
-    def _score(self, hidden: Tensor, group: tuple[int, int, bool], work: "list[_Rows]") -> None:
-        """Scores the rows of the sequences of one group, which have the same k and M."""
-        top_k, candidates, plain = group
-        requests = [rows.sequence.request for rows in work]
-        spans = [slice(rows.target, rows.target + rows.hidden.stop - rows.hidden.start) for rows in work]
-        targets = np.concatenate([r.target_ids[span] for r, span in zip(requests, spans, strict=True)])
-        wanted = np.concatenate([r.candidate_ids[span] for r, span in zip(requests, spans, strict=True)])
-        counts = [span.stop - span.start for span in spans]
-        temperatures = None
-        if any(request.temperature != 1.0 for request in requests):
-            temperatures = np.repeat(np.array([request.temperature for request in requests], np.float32), counts)
-
-        def on_device(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(hidden.device)
-
-        try:
-            scores = self._score_rows(
-                torch.cat([hidden[rows.hidden] for rows in work]),
-                on_device(targets.astype(np.int64)),
-                top_k,
-                on_device(wanted.astype(np.int64)).reshape(sum(counts), candidates),
-                None if temperatures is None else on_device(temperatures),
-                plain=plain,
+        now_s = time.monotonic()
+        parts = [
+            Part(
+                state=state,
+                request=param.extra_kwargs["rows"],  # pyright: ignore[reportOptionalSubscript]
+                scheduled_s=param.extra_kwargs.get("scheduled_s", now_s),  # pyright: ignore[reportOptionalMemberAccess]
+                begin=end - count,
+                end=end,
+                length=length,
             )
-            packed = pack_rows(scores).split(counts)
-        except Exception as error:
-            # An exception that leaves here ends the engine, with all that it has in flight. With several processes
-            # there is no choice: the others already wait for this one's part.
-            if self._head.shard is not None:
-                raise
-            logger.exception("scoring failed")
-            kind = "memory" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "failed"
-            packed = [pack_failure(f"{kind}: {type(error).__name__}: {error}") for _ in work]
-        for rows, part in zip(work, packed, strict=True):
-            rows.sequence.parts.append((rows.first, part))
-
-    def _score_rows(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        top_k: int,
-        candidates: Tensor,
-        temperatures: Tensor | None,
-        *,
-        plain: bool = False,
-    ) -> RowScores:
-        if plain:
-            return _plain_scores(self._head.whole_logits(hidden), targets, top_k, candidates, temperatures)
-        return score_rows(
-            hidden,
-            self._head.logits,
-            targets,
-            columns=self._head.columns,
-            top_k=top_k,
-            candidate_ids=candidates,
-            temperatures=temperatures,
-            logits_slice_bytes=self._slice_bytes,
-            shard=self._head.shard,
-        )
-
-    def _rehearse(self, hidden: Tensor, sequences: int) -> list[Tensor | None]:
-        """The most that a step can take, for vLLM's memory profile."""
-        rows = len(hidden)
-        targets = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
-        candidates = targets[:, None].expand(-1, self._max_candidates)
-        temperatures = torch.full((rows,), 2.0, device=hidden.device)
-        packed = pack_rows(self._score_rows(hidden.clone(), targets, self._max_top_k, candidates, temperatures))
-        return list(packed[:sequences, None].unbind())
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows of one sequence in one step."""
-
-    sequence: _Sequence
-    first: int  # position in the sequence
-    target: int  # index among the request's rows
-    hidden: slice  # in the step's hidden states
-
-
-def _answer(sequence: _Sequence, done_s: float, finished: int) -> Tensor:
-    """The answer of a finished sequence; without rows if one of them was not computed."""
-    for _, part in sequence.parts:
-        if part.dtype == torch.uint8:
-            return part
-    counters = Counters(
-        engine_us=min(int(1e6 * (done_s - sequence.scheduled_s)), 2**31 - 1),
-        batch_sequences=finished,
-        cached_tokens=sequence.cached_tokens,
-    )
-    request = sequence.request
-    columns = 2 * request.top_k + request.candidate_ids.shape[1] + 5
-    expected = request.first_row
-    for first, part in sequence.parts:
-        expected = expected + len(part) if first == expected else -1
-    if expected != request.first_row + len(request.target_ids):
-        return join_answer(counters, [torch.zeros((0, columns), dtype=torch.int32)])
-    parts = [part for _, part in sequence.parts]
-    if len({part.device for part in parts}) > 1:
-        parts = [part.cpu() for part in parts]
-    return join_answer(counters, parts)
+            for param, state, count, end, length in zip(
+                params,
+                pooling_metadata.pooling_states,
+                cursor.num_scheduled_tokens_cpu.tolist(),
+                cursor.seq_lens_cpu.tolist(),
+                cursor.prompt_lens_cpu.tolist(),
+                strict=True,
+            )
+        ]
+        return self._scorer.step(hidden_states, parts)
 
 
 class _ShardedHead:
@@ -635,41 +502,3 @@ def _columns_per_process(model: Any, vocabulary_rows: int, heads: int) -> int:
 def _all_gather(own: Tensor) -> Tensor:
     group = get_tp_group()
     return group.all_gather(own.contiguous(), dim=0).unflatten(0, (group.world_size, len(own)))
-
-
-def _plain_scores(
-    logits: Tensor | None, targets: Tensor, top_k: int, candidates: Tensor, temperatures: Tensor | None
-) -> RowScores:
-    """Scores from whole logits by the definitions, for the check at start."""
-    if logits is None:  # not the process that answers
-        rows, m = candidates.shape
-        nothing = targets.new_zeros(rows, dtype=torch.float32)
-        return RowScores(
-            top_ids=targets.new_zeros((rows, top_k), dtype=torch.int32),
-            top_logprobs=nothing[:, None].expand(-1, top_k),
-            sampled_logprobs=nothing,
-            candidate_logprobs=nothing[:, None].expand(-1, m),
-            log_tail=nothing,
-            log_support_tail=nothing,
-            entropy=nothing,
-            log_normalizer=nothing,
-        )
-    z = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
-    if temperatures is not None:
-        z = z / temperatures[:, None]
-    normalizer = torch.logsumexp(z, -1)
-    logprobs = z - normalizer[:, None]
-    values, ids = logprobs.topk(top_k, dim=-1)
-    outside = logprobs.scatter(1, ids, -torch.inf)
-    found = RowScores(
-        top_ids=ids.to(torch.int32),
-        top_logprobs=values,
-        sampled_logprobs=logprobs.gather(1, targets[:, None])[:, 0],
-        candidate_logprobs=logprobs.gather(1, candidates),
-        log_tail=torch.logsumexp(outside, -1),
-        log_support_tail=torch.logsumexp(outside.scatter(1, candidates, -torch.inf), -1),
-        entropy=torch.special.entr(logprobs.exp()).sum(-1),
-        log_normalizer=normalizer,
-    )
-    floats = {name: getattr(found, name).float() for name in RowScores.__slots__ if name != "top_ids"}
-    return replace(found, **floats)
