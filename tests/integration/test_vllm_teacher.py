@@ -96,6 +96,15 @@ def worker_of(server: ServerProcess) -> psutil.Process:
     return max(descendants(server.process.pid), key=lambda process: process.memory_info().rss)
 
 
+@contextlib.contextmanager
+def standing_still(process: psutil.Process) -> Iterator[None]:
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
 def wait_for(condition: Callable[[], Any], seconds: float) -> float:
     """Seconds until `condition()` held."""
     started_s = time.monotonic()
@@ -241,14 +250,17 @@ def test_scores_are_exact_however_prefixes_are_shared(elm: ServerProcess, client
 
 def test_cancelled_and_late_requests_leave_the_engine(elm: ServerProcess, client: TeacherClient) -> None:
     tasks = [make_task(200 + seed, 1000, 1, k=VOCABULARY_SIZE) for seed in range(40)]
-    futures = [submit(client, task) for task in tasks]
-    wait_for(lambda: (elm.metric("stillhouse_teacher_requests_in_flight") or 0) == 40, 20)
-    for future in futures[1:]:
-        future.cancel()
+    with standing_still(worker_of(elm)):
+        futures = [submit(client, task) for task in tasks]
+        wait_for(lambda: (elm.metric("stillhouse_teacher_requests_in_flight") or 0) == 40, 20)
+        for future in futures[1:]:
+            future.cancel()
+        wait_for(lambda: elm.metric("stillhouse_teacher_requests_in_flight") == 1, 20)
     assert error_of(elm.directory, tasks[0], futures[0].result()) <= TOLERANCE
-    late = submit(client, make_task(300, 1000, 1), deadline_s=0.02)
-    with pytest.raises(DeadlineExceeded):
-        late.result()
+    with standing_still(worker_of(elm)):
+        late = submit(client, make_task(300, 1000, 1), deadline_s=0.2)
+        with pytest.raises(DeadlineExceeded):
+            late.result()
     wait_for(lambda: elm.metric("stillhouse_teacher_pending_tokens") == 0, 20)
     page = elm.metrics
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
@@ -287,18 +299,14 @@ def test_one_page_has_the_series_of_vllm_and_ours(elm: ServerProcess, client: Te
 
 
 def test_a_worker_that_stands_still_is_busy_not_dead(elm: ServerProcess, client: TeacherClient) -> None:
-    worker = worker_of(elm)
     with grpc.insecure_channel(elm.said["listen"]) as channel:
-        worker.send_signal(signal.SIGSTOP)
-        try:
+        with standing_still(worker_of(elm)):
             task = make_task(500, 60, 20)
             future = submit(client, task)
             for _ in range(20):
                 assert health(channel) == health_pb2.HealthCheckResponse.SERVING
                 time.sleep(0.25)
             assert not future.done()
-        finally:
-            worker.send_signal(signal.SIGCONT)
         assert error_of(elm.directory, task, future.result()) <= TOLERANCE
 
 
