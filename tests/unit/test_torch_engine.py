@@ -486,6 +486,23 @@ async def test_an_unexpected_failure_stays_in_its_batch_and_its_text_in_the_log(
     await engine.close()
 
 
+async def test_an_error_of_the_device_itself_is_the_end(llama: ServedModel) -> None:
+    def lost(*, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    engine = engine_of(dataclasses.replace(llama, backbone=lost))
+    death = asyncio.create_task(engine.died())
+    await asyncio.sleep(0)
+    assert not death.done()
+    with pytest.raises(Unavailable):
+        await engine.score(make_task(0, 20))
+    assert "an illegal memory access" in await asyncio.wait_for(death, 5)
+    with pytest.raises(Unavailable):
+        await engine.score(make_task(1, 20))
+    assert engine.pending_tokens == 0
+    await engine.close()
+
+
 async def test_a_metrics_observer_that_fails_does_not_stop_the_engine(llama: ServedModel) -> None:
     def broken(report: BatchReport) -> None:
         raise ZeroDivisionError
