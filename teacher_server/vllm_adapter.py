@@ -153,12 +153,6 @@ class Vllm:
                 )
             raise RuntimeError(cause) from error
 
-    @property
-    def compute_dtype(self) -> str:
-        """The dtype the model computes in, for example "bfloat16"."""
-        assert self._llm is not None
-        return str(self._llm.model_config.dtype).removeprefix("torch.")
-
     async def encode(
         self, request_id: str, token_ids: list[int], request: RowRequest, *, read_cache: bool
     ) -> np.ndarray:
