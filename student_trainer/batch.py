@@ -2,7 +2,8 @@
 
 Ragged shapes: B sequences of L padded tokens hold R response tokens in all; per-token tensors are flat [R], in
 the order of the sequences. The hidden state at place t - 1 predicts the token at place t, so response token t of
-a sequence reads row `sequence * L + t - 1`.
+a sequence reads row `sequence * L + t - 1`. A packed batch has its sequences behind each other in one row of L
+tokens instead, and says with `position_ids` where each of them begins.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -49,10 +50,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro-batch of B sequences with R response tokens; K places of support."""
+    """A micro-batch of B sequences with R response tokens; K places of support. Packed: input_ids is [1, L]."""
 
     samples: list[Sample]
-    input_ids: Tensor  # [B, L], right-padded
+    input_ids: Tensor  # [B, L], right-padded; packed: [1, L]
     rows: Tensor  # [R], which hidden state predicts each response token
     sequence: Tensor  # [R], which sequence it belongs to
     targets: Tensor  # [R]
@@ -70,6 +71,9 @@ class Batch:
     teacher_log_tail: Tensor | None  # [R], log mass outside the support
     teacher_sampled: Tensor | None  # [R], of the target
     teacher_entropy: Tensor | None  # [R]
+    overlap: Tensor | None  # [R, K] bool: of the teacher's top k, and a candidate of the student
+    positions: Tensor  # [R], which token of its answer it is, from 0
+    position_ids: Tensor | None = None  # [1, L], packed batches only: place within the own sequence
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -90,33 +94,52 @@ def candidates_for_teacher(rollout: Rollout) -> NDArray[np.int32]:
     return np.concatenate([rollout.candidate_ids, rollout.response_ids[:, None]], axis=1)
 
 
-def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Samples in lots of at most `max_tokens` padded tokens each (a longer sequence goes alone).
+def micro_batches(samples: list[Sample], max_tokens: int, *, packed: bool = False) -> list[list[Sample]]:
+    """Samples in lots of at most `max_tokens` tokens each, padding included (a longer sequence goes alone).
 
     Sequences of like length go together, which saves padding; the order is deterministic.
     """
     lots: list[list[Sample]] = []
+    filled = 0
     for sample in sorted(samples, key=lambda sample: len(sample.rollout.token_ids), reverse=True):
-        # The first of a lot is its longest.
-        if lots and (len(lots[-1]) + 1) * len(lots[-1][0].rollout.token_ids) <= max_tokens:
+        own = len(sample.rollout.token_ids)
+        # The first of a padded lot is its longest.
+        after = filled + (own if packed or not lots else len(lots[-1][0].rollout.token_ids))
+        if lots and after <= max_tokens:
             lots[-1].append(sample)
+            filled = after
         else:
             lots.append([sample])
+            filled = own
     return lots
 
 
-def pack(samples: list[Sample], token_weights: list[NDArray[np.float64]], *, eos_ids: set[int], pad_id: int) -> Batch:
-    """Tensors of one micro-batch on the CPU. `token_weights` has one array [N] for each sample."""
+def pack(
+    samples: list[Sample],
+    token_weights: list[NDArray[np.float64]],
+    *,
+    eos_ids: set[int],
+    pad_id: int,
+    packed: bool = False,
+) -> Batch:
+    """Tensors of one micro-batch on the CPU. `token_weights` has one array [N] for each sample.
+
+    packed: the sequences behind each other instead of padded to the longest.
+    """
     rollouts = [sample.rollout for sample in samples]
     lengths = [len(rollout.response_ids) for rollout in rollouts]
-    width = max(len(rollout.token_ids) for rollout in rollouts)
-    input_ids = np.full((len(samples), width), pad_id, np.int64)
+    sequences = [rollout.token_ids for rollout in rollouts]
+    sizes = np.array([len(tokens) for tokens in sequences])
+    width = int(sizes.sum() if packed else sizes.max())
+    # Where in the flattened [B * L] each sequence begins.
+    starts = np.cumsum(sizes) - sizes if packed else width * np.arange(len(samples))
+    flat = np.full(width if packed else width * len(samples), pad_id, np.int64)
     rows = []
-    for index, rollout in enumerate(rollouts):
-        tokens = rollout.token_ids
-        input_ids[index, : len(tokens)] = tokens
-        start = len(tokens) - len(rollout.response_ids)
-        rows.append(index * width + np.arange(start - 1, len(tokens) - 1))
+    for tokens, length, start in zip(sequences, lengths, starts, strict=True):
+        flat[start : start + len(tokens)] = tokens
+        rows.append(start + np.arange(len(tokens) - length - 1, len(tokens) - 1))
+    input_ids = flat.reshape(-1, width)
+    position_ids = np.concatenate([np.arange(size) for size in sizes])[None] if packed else None
     targets = np.concatenate([rollout.response_ids for rollout in rollouts]).astype(np.int64)
     support_ids, present, teacher = _support(samples, targets)
     matches = (support_ids == targets[:, None]) & present
@@ -138,6 +161,8 @@ def pack(samples: list[Sample], token_weights: list[NDArray[np.float64]], *, eos
         support_ids=torch.from_numpy(support_ids),
         support_present=torch.from_numpy(present),
         target_column=torch.from_numpy(matches.argmax(axis=1)),
+        positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        position_ids=None if position_ids is None else torch.from_numpy(position_ids),
         **teacher,
     )
 
@@ -150,7 +175,7 @@ def _support(
     if len(scores) != len(samples):
         assert not scores, "some samples of a batch have scores and some have not"
         nothing: dict[str, Tensor | None] = dict.fromkeys(
-            ("teacher_logprobs", "teacher_log_tail", "teacher_sampled", "teacher_entropy")
+            ("teacher_logprobs", "teacher_log_tail", "teacher_sampled", "teacher_entropy", "overlap")
         )
         return targets[:, None], np.ones((len(targets), 1), bool), nothing
     ids = np.concatenate(
@@ -163,22 +188,30 @@ def _support(
     logprobs = np.concatenate(
         [np.concatenate([score.top_logprobs, there], axis=1) for score, there in zip(scores, asked, strict=True)]
     )
-    present = _first_occurrences(ids)
+    present, repeated = _first_occurrences(ids[:, :-1])
+    # The last column is the sampled token, which is always asked for and says nothing of what the student prefers.
+    sampled_is_new = ~(ids[:, :-1] == ids[:, -1:]).any(axis=1, keepdims=True)
+    present = np.concatenate([present, sampled_is_new], axis=1)
+    overlap = np.concatenate([repeated & present[:, :-1], np.zeros_like(sampled_is_new)], axis=1)
     teacher: dict[str, Tensor | None] = {
         "teacher_logprobs": torch.from_numpy(np.where(present, logprobs, np.float32(-np.inf))),
         "teacher_log_tail": torch.from_numpy(np.concatenate([score.log_support_tail for score in scores])),
         "teacher_sampled": torch.from_numpy(np.concatenate([score.sampled_logprobs for score in scores])),
         "teacher_entropy": torch.from_numpy(np.concatenate([score.entropy for score in scores])),
+        "overlap": torch.from_numpy(overlap),
     }
     return ids, present, teacher
 
 
-def _first_occurrences(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """bool [R, K]: True where an id stands for the first time in its row."""
+def _first_occurrences(ids: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Two bool [R, K]: where an id stands for the first time in its row, and where it comes again further right."""
     order = np.argsort(ids, axis=1, kind="stable")
     in_order = np.take_along_axis(ids, order, axis=1)
     first = np.ones_like(in_order, dtype=bool)
     first[:, 1:] = in_order[:, 1:] != in_order[:, :-1]
-    present = np.empty_like(first)
-    np.put_along_axis(present, order, first, axis=1)
-    return present
+    again = np.zeros_like(first)
+    again[:, :-1] = ~first[:, 1:]
+    found = np.empty_like(first), np.empty_like(first)
+    for there, sorted_there in zip(found, (first, again), strict=True):
+        np.put_along_axis(there, order, sorted_there, axis=1)
+    return found

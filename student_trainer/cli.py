@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import stillhouse
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 failed while running, 2 refused before it began."""
+    """Entry point; returns the exit status: 0 done, or stopped by SIGTERM and saved; 1 failed while running; 2
+    refused before it began; 130 stopped by Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         return _dispatch(options)
@@ -33,6 +35,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="for example optimizer.learning_rate=1e-5"
         )
+        if name == "train":
+            command.add_argument(
+                "--resume",
+                action="store_true",
+                help="go on with the run in run_dir from its newest checkpoint; start it if there is none",
+            )
         if name == "eval":
             command.add_argument("--out", type=Path, help="also write the result there, as JSON")
     score = commands.add_parser("score", help="score a JSONL of texts with a teacher and write the arrays")
@@ -67,7 +75,9 @@ def _dispatch(options: argparse.Namespace) -> int:
         logging.disable_progress_bar()  # ours is one line a step
 
         if options.command == "train":
-            print(json.dumps(train(config, folder), indent=2))
+            summary = train(config, folder, resume=options.resume)
+            if _is_main():
+                print(json.dumps(summary, indent=2))
             return 0
         result = evaluate_only(config, folder)
         print(json.dumps(result, indent=2))
@@ -77,22 +87,35 @@ def _dispatch(options: argparse.Namespace) -> int:
             write_json(options.out, result)
         return 0
     except ConfigError as error:
-        print(f"student-trainer: nothing was started:\n{error}", file=sys.stderr)
+        if _is_main():  # the others say the same
+            print(f"student-trainer: nothing was started:\n{error}", file=sys.stderr)
         return 2
     except Exception as error:
         return _failed(error)
 
 
+def _is_main() -> bool:
+    """Of several processes started by a launcher, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _failed(error: Exception) -> int:
     """Says in one message what ended the run; what nobody foresaw is raised on, with its traceback."""
     from stillhouse.errors import StillhouseError
+    from student_trainer.guards import Runaway
     from student_trainer.objective import NonFiniteLoss
+    from student_trainer.processes import PeerFailed
+    from student_trainer.stopping import Interrupted, Stopped
     from student_trainer.verifiers import VerifierError
 
     if isinstance(error, StillhouseError):
         print(f"student-trainer: the teacher: {error.reason}: {error}", file=sys.stderr)
         return 1
-    if isinstance(error, NonFiniteLoss | VerifierError):
+    if isinstance(error, Stopped):
+        if _is_main():
+            print(f"student-trainer: {error}: saved, --resume goes on from here", file=sys.stderr)
+        return 130 if isinstance(error, Interrupted) else 0
+    if isinstance(error, NonFiniteLoss | Runaway | VerifierError | PeerFailed):
         print(f"student-trainer: {error}", file=sys.stderr)
         return 1
     raise error

@@ -1,19 +1,33 @@
 """The configuration of a run: YAML, `key=value` overrides, and messages that name field, value and fix."""
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from student_trainer.objective_config import ConfigModel, ObjectiveConfig, merge
+from student_trainer.objective_config import ConfigModel, Importance, ObjectiveConfig, merge
 from student_trainer.prompts import PromptsConfig
 from student_trainer.schedules import is_always_zero
 
 
 class ConfigError(ValueError):
     """The configuration cannot be used; nothing has been started or written."""
+
+
+class LoraConfig(ConfigModel):
+    """Low-rank adapters (LoRA, 2106.09685) instead of all weights, through peft."""
+
+    rank: int = Field(default=16, ge=1)
+    """Width of the adapters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapters' output is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the adapters' input, while training."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the layers that get one; all-linear: every linear layer but the head."""
 
 
 class StudentConfig(ConfigModel):
@@ -23,10 +37,25 @@ class StudentConfig(ConfigModel):
     """Directory of a Hugging Face causal LM with its tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and optimiser."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16: products in bfloat16 (autocast), weights and optimiser stay in `dtype`, which must be float32."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the weights."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """With several processes: none keeps the whole model in each (data parallel), fsdp2 a share of it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:0, ..."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _mixed_from_full(self) -> "StudentConfig":
+        if self.mixed_precision != "no" and self.dtype != "float32":
+            raise ValueError(
+                f"mixed_precision is {self.mixed_precision} and dtype {self.dtype}; mixed precision keeps float32 "
+                "weights: set dtype: float32, or mixed_precision: no"
+            )
+        return self
 
 
 class TeacherConfig(ConfigModel):
@@ -49,6 +78,23 @@ class TeacherConfig(ConfigModel):
     """Of one scoring call, retries included."""
     start_deadline_s: float = Field(default=120.0, gt=0)
     """How long to wait for the pool to come up."""
+    outage_s: float = Field(default=7200.0, gt=0)
+    """How long the run waits when no teacher answers any more, before it gives up."""
+    max_unscored_share: float = Field(default=0.05, ge=0, le=1)
+    """Largest share of a step's answers that may be dropped because the teacher cannot score them."""
+
+
+class VllmConfig(ConfigModel):
+    """The vLLM rollout engine, one for each process."""
+
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of the GPU's memory it may take; null: vLLM's own default. Leave room for the trainer beside it."""
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
+    """Memory of its key-value cache; null: what it finds free."""
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    """Most answers generated at once; null: rollout.batch_size."""
+    enforce_eager: bool = False
+    """Start without compiling: faster to start, slower to run."""
 
 
 class RolloutConfig(ConfigModel):
@@ -68,7 +114,15 @@ class RolloutConfig(ConfigModel):
     stop: tuple[str, ...] = ()
     """Strings that end an answer, next to the tokenizer's end of sequence. They stay part of it."""
     batch_size: int = Field(default=256, ge=1)
-    """Answers generated at once."""
+    """Answers generated at once, in each process. Changes memory and speed, not the answers, but for rounding."""
+    batches_ahead: int = Field(default=0, ge=0, le=8)
+    """Batches of answers made before it is their turn to be trained on, so that teachers and verifiers work while
+    the trainer does. Also the staleness: how many steps older than the student its answers are. 0: on policy."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates. `vllm` keeps a copy of the weights, handed over at every step, and works while the trainer
+    trains if batches_ahead is 1 or more."""
+    vllm: VllmConfig = VllmConfig()
+    """Of the vllm engine."""
 
 
 class OptimizerConfig(ConfigModel):
@@ -88,6 +142,9 @@ class OptimizerConfig(ConfigModel):
     """Gradients are scaled down to this global norm."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Padded tokens of one forward and backward pass. Changes memory and speed, not the result."""
+    packing: bool = False
+    """Put the sequences of a pass behind each other instead of padding them to the longest. Worth it with variable
+    lengths and an attention that skips other sequences; the result is the same but for rounding."""
     updates_per_step: int = Field(default=1, ge=1)
     """Optimiser updates each step's rollouts are split into. Above 1 the later updates are off policy."""
 
@@ -104,7 +161,10 @@ class EvaluationConfig(ConfigModel):
     k: tuple[int, ...] = (1, 8)
     """pass@k to report; each at most answers_per_prompt."""
     every_steps: int = Field(default=0, ge=0)
-    """Evaluate during training at every so many steps; 0: only before and after."""
+    """Evaluate during training at every so many steps; 0: only before and after. The best checkpoint by pass@k (the
+    first k) is kept besides the newest."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the run after so many evaluations in a row without a better pass@k; null: never."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> "EvaluationConfig":
@@ -116,19 +176,42 @@ class EvaluationConfig(ConfigModel):
 
 
 class CheckpointConfig(ConfigModel):
-    """What is kept of the student."""
+    """What is kept of the student, and of the run to go on from."""
 
     every_steps: int = Field(default=0, ge=0)
-    """Save at every so many steps; 0: only after the last."""
+    """Save at every so many steps; 0: only after the last, and when the run is asked to stop."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept."""
+    background: bool = True
+    """Write while the next steps run. The state is copied first, so this takes memory on the host: optimiser state
+    and, in the main process, weights."""
+    other_world_size: bool = False
+    """Let a run be resumed by another number of processes than saved it. Its curve is then the same only to
+    rounding, and dropout draws other numbers."""
+
+
+class GuardConfig(ConfigModel):
+    """What the run watches in its own figures. Ratios are against the mean of the first five steps."""
+
+    kl_ratio: float | None = Field(default=10.0, gt=1)
+    """Halt when kl is so many times its start (but at least 1 nat) for kl_steps steps; null: never."""
+    max_kl: float | None = Field(default=None, gt=0)
+    """Halt when kl is above so many nats for kl_steps steps; null: never."""
+    kl_steps: int = Field(default=5, ge=1)
+    """Steps in a row that make a runaway."""
+    entropy_ratio: tuple[float, float] | None = (0.1, 3.0)
+    """Alarm outside of these multiples of the entropy at the start; null: never."""
+    length_ratio: float | None = Field(default=3.0, gt=1)
+    """Alarm when answers are so many times as long as at the start; null: never."""
+    truncated_share: float | None = Field(default=0.5, gt=0, le=1)
+    """Alarm when a larger share of answers is cut at max_new_tokens; null: never."""
 
 
 class RunConfig(ConfigModel):
     """A whole run."""
 
     run_dir: Path
-    """Where everything is written; must not hold a run already."""
+    """Where everything is written. Must not hold a run already, unless that one is resumed."""
     steps: int = Field(ge=1)
     """Training steps: one batch of rollouts each."""
     student: StudentConfig
@@ -139,6 +222,9 @@ class RunConfig(ConfigModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig | None = None
     checkpoints: CheckpointConfig = CheckpointConfig()
+    guards: GuardConfig = GuardConfig()
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also log every step there, through accelerate; each needs its own package."""
     seed: int = Field(default=0, ge=0)
     """Of everything random: order of prompts, sampling."""
     samples_per_step: int = Field(default=16, ge=0)
@@ -166,12 +252,73 @@ class RunConfig(ConfigModel):
                 f"optimizer.updates_per_step is {self.optimizer.updates_per_step}, more than "
                 f"rollout.prompts_per_step = {rollout.prompts_per_step}; an update needs at least one prompt"
             )
+        if rollout.engine == "vllm" and rollout.top_p < 1:
+            raise ValueError(
+                f"rollout.top_p is {rollout.top_p} with the vllm engine, whose log-probabilities would be those of "
+                "the nucleus; set it to 1, or rollout.engine to transformers"
+            )
         return self
+
+    @property
+    def importance(self) -> Importance | None:
+        """The correction between sampler and student; none while they are the same model at the same step."""
+        rollout = self.rollout
+        if self.objective.importance is not None:
+            return self.objective.importance
+        off_policy = rollout.batches_ahead > 0 or rollout.engine != "transformers"
+        return Importance() if off_policy else None
 
     @property
     def distil_temperature(self) -> float:
         """Temperature of the teacher's scores and of the divergences."""
         return self.objective.temperature or self.rollout.temperature
+
+
+MAY_CHANGE = (
+    "run_dir",
+    "steps",
+    "student.device",
+    "student.gradient_checkpointing",
+    "teacher.addresses",
+    "teacher.max_in_flight",
+    "teacher.deadline_s",
+    "teacher.start_deadline_s",
+    "teacher.outage_s",
+    "teacher.max_unscored_share",
+    "rollout.batch_size",
+    "rollout.vllm",
+    "optimizer.micro_batch_tokens",
+    "evaluation.every_steps",
+    "evaluation.patience",
+    "checkpoints",
+    "guards",
+    "trackers",
+    "samples_per_step",
+    "metrics_port",
+)
+"""Keys that a resumed run may have otherwise than the run that it goes on with: where and how fast, not what."""
+
+
+def plain_config(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON would give it back, to keep it in a checkpoint and compare."""
+    return json.loads(json.dumps(_plain(config.model_dump())))
+
+
+def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each key that differs and may not: "optimizer.learning_rate: 0.001 then, 0.01 now"."""
+    then, today = _flat(before), _flat(now)
+    return [
+        f"{key}: {then.get(key)!r} then, {today.get(key)!r} now"
+        for key in sorted(then.keys() | today.keys())
+        if then.get(key) != today.get(key) and not any(key == may or key.startswith(f"{may}.") for may in MAY_CHANGE)
+    ]
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def dump_config(config: RunConfig) -> str:

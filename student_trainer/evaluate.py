@@ -7,9 +7,11 @@ import numpy as np
 from student_trainer.config import EvaluationConfig
 from student_trainer.experience import Judge
 from student_trainer.passrate import bootstrap_interval, pass_at_k
+from student_trainer.processes import Processes
 from student_trainer.progress import Heartbeat
 from student_trainer.prompts import Prompt
 from student_trainer.sampler import Sampler
+from student_trainer.stopping import Stopped, Stopping, never
 
 
 def evaluate(
@@ -20,25 +22,36 @@ def evaluate(
     judge: Judge,
     pass_threshold: float,
     seed: int,
+    processes: Processes | None = None,
+    stop: Stopping = never,
 ) -> dict[str, Any]:
     """`pass@k` (unbiased, mean over prompts) and `pass@k_interval` (95%, bootstrap over prompts) for each k.
 
     Also `reward`, `response_length`, `prompts`, `answers` and `dropped` (answers that could not be judged; a
     prompt left with fewer than max(k) of them is refused, since its pass@k would not be one).
+
+    With several processes each answers a share of the prompts, and all return the same: a meeting. Raises Stopped
+    once `stop()` is true on any of them.
     """
+    processes = processes or Processes()
+    mine = prompts[processes.rank :: processes.count]
+    found: list[tuple[str, float | None, int]] = []  # prompt, reward, tokens
+    heartbeat = Heartbeat("evaluation", len(mine) * config.answers_per_prompt)
+    with processes.together():
+        for lot in sampler.sample(mine, config.answers_per_prompt, seed=seed, stop=stop):
+            heartbeat.advance(len(lot))
+            for rollout in lot:
+                reward = judge(rollout.prompt, rollout.text)
+                found.append((rollout.prompt.key, reward, len(rollout.response_ids)))
+    if processes.any(stop()):
+        raise Stopped("asked to stop while evaluating")
+    everywhere = sorted((entry for part in processes.gather(found) for entry in part), key=str)
     rewards: dict[str, list[float]] = {prompt.key: [] for prompt in prompts}
-    lengths: list[int] = []
-    dropped = 0
-    heartbeat = Heartbeat("evaluation", len(prompts) * config.answers_per_prompt)
-    for lot in sampler.sample(prompts, config.answers_per_prompt, seed=seed):
-        heartbeat.advance(len(lot))
-        for rollout in lot:
-            reward = judge(rollout.prompt, rollout.text)
-            lengths.append(len(rollout.response_ids))
-            if reward is None:
-                dropped += 1
-            else:
-                rewards[rollout.prompt.key].append(reward)
+    for key, reward, _ in everywhere:
+        if reward is not None:
+            rewards[key].append(reward)
+    lengths = [tokens for *_, tokens in everywhere]
+    dropped = sum(reward is None for _, reward, _ in everywhere)
     result: dict[str, Any] = {}
     for k in config.k:
         values = []

@@ -1,142 +1,222 @@
-"""One step's experience: rollouts, judged and scored while others are still being generated.
+"""One step's experience in two halves: answers that are judged and on their way to the teacher, then their samples.
 
-Who waits for whom: the sampler hands over answers in lots. Each answer of a lot goes to the teacher at once
-(the client's own thread sends it) and is then verified here, while the next lot is generated only after that;
-scores are waited for at the very end.
+`begin` generates. Each answer goes to the teacher as soon as it ends (the client's own thread sends it) and is then
+verified, while others still generate. `finish` waits for the scores, and the processes of the run tell each other
+what their groups of answers came to: pass rates and prompt weights are those of the whole step.
+
+Each process has the prompts of its rank, with all answers to them.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from stillhouse.codec import Scores
+from stillhouse.errors import StillhouseError
 from student_trainer.advantages import group_advantages, group_failed
 from student_trainer.batch import Rollout, Sample
 from student_trainer.objective_config import Paced
 from student_trainer.passrate import PassRates, paced_weights
+from student_trainer.processes import Processes
 from student_trainer.progress import Heartbeat
 from student_trainer.prompts import Prompt
 from student_trainer.sampler import Sampler
-from student_trainer.scoring import Scorer, gather
+from student_trainer.scoring import Scorer
+from student_trainer.stopping import Stopped, Stopping, never
 
 Judge = Callable[[Prompt, str], float | None]
 """A prompt and an answer to its reward, or None for a sample to drop."""
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """An answer with its reward, and the group of the step it belongs to."""
+
+    rollout: Rollout
+    group: int
+    reward: float
+
+
+@dataclass(slots=True)
+class InFlight:
+    """The answers to one step's prompts (of this process) while their scores are still to come."""
+
+    step: int  # whose turn it is for, from 0
+    student_step: int  # steps that the student had made when it answered
+    answers: list[Judged]
+    dropped: int = 0  # answers that could not be judged
+    rollout_s: float = 0.0
+    reward_s: float = 0.0
+    futures: list[Future[Scores]] = field(default_factory=list)  # along `answers`; empty without a teacher
+
+
+@dataclass(frozen=True, slots=True)
 class Experience:
-    """The samples of a step and where the time went."""
+    """The samples of a step (of this process) and where the time went."""
 
     samples: list[Sample]
-    dropped: int  # answers that could not be judged
+    staleness: int  # steps the student made between answering and learning from it
+    dropped: int  # answers that could not be judged, in all processes
+    unscored: int  # answers that the teacher could not score, in all processes
     rollout_s: float
     reward_s: float
-    scoring_s: float  # waiting for scores after the last answer was there
+    scoring_s: float  # waiting for scores when it was their turn
 
 
-def collect(
+def begin(
     prompts: Sequence[Prompt],
+    groups: Sequence[int],
     answers: int,
     *,
+    step: int,
+    student_step: int,
     sampler: Sampler,
     judge: Judge,
     scorer: Scorer | None,
-    pass_threshold: float,
-    normalise_std: bool,
-    pass_rates: PassRates,
-    paced: Paced | None,
     seed: int,
-) -> Experience:
-    """Answers to `prompts`, with rewards, group advantages, prompt weights and (if any) scores.
+    stop: Stopping = never,
+) -> InFlight:
+    """Answers to `prompts`, judged, their scores asked for. `groups` says which group of the step each prompt is.
 
-    `pass_rates` is updated with this step's groups first, so the weights are of the student as it is now.
+    Raises Stopped once `stop()` is true; what was asked for is withdrawn.
     """
-    judged: list[tuple[Rollout, float, Future[Scores] | None]] = []
-    dropped = 0
-    rollout_s = reward_s = 0.0
+    group_of = {prompt.key: group for prompt, group in zip(prompts, groups, strict=True)}
+    found: list[tuple[Judged, Future[Scores] | None]] = []
+    batch = InFlight(step, student_step, [])
     heartbeat = Heartbeat("rollouts", len(prompts) * answers)
     mark_s = time.monotonic()
-    for lot in sampler.sample(prompts, answers, seed=seed):
-        rollout_s += time.monotonic() - mark_s
-        mark_s = time.monotonic()
-        futures = [scorer.submit(rollout) if scorer else None for rollout in lot]
-        for rollout, future in zip(lot, futures, strict=True):
-            reward = judge(rollout.prompt, rollout.text)
-            if reward is None:
-                dropped += 1
-                if future is not None:
-                    future.cancel()  # nobody will read its scores
-            else:
-                judged.append((rollout, reward, future))
-        reward_s += time.monotonic() - mark_s
-        mark_s = time.monotonic()
-        heartbeat.advance(len(lot))
-    rollout_s += time.monotonic() - mark_s
-    mark_s = time.monotonic()
-    wanted = [future for _, _, future in judged if future is not None]
-    scores: list[Scores | None] = [*gather(wanted)] if scorer else [None] * len(judged)
-    scoring_s = time.monotonic() - mark_s
-    samples = _judged_samples(
-        [(rollout, reward, score) for (rollout, reward, _), score in zip(judged, scores, strict=True)],
-        pass_threshold=pass_threshold,
-        normalise_std=normalise_std,
-        pass_rates=pass_rates,
-        paced=paced,
-    )
-    return Experience(samples, dropped, rollout_s, reward_s, scoring_s)
+    try:
+        for lot in sampler.sample(prompts, answers, seed=seed, stop=stop):
+            batch.rollout_s += time.monotonic() - mark_s
+            mark_s = time.monotonic()
+            futures = [scorer.submit(rollout) if scorer else None for rollout in lot]
+            for rollout, future in zip(lot, futures, strict=True):
+                reward = judge(rollout.prompt, rollout.text)
+                if reward is None:
+                    batch.dropped += 1
+                    if future is not None:
+                        future.cancel()  # nobody will read its scores
+                else:
+                    found.append((Judged(rollout, group_of[rollout.prompt.key], reward), future))
+            batch.reward_s += time.monotonic() - mark_s
+            mark_s = time.monotonic()
+            heartbeat.advance(len(lot))
+        if stop():
+            raise Stopped("asked to stop while generating")
+    except BaseException:
+        for _, future in found:
+            if future is not None:
+                future.cancel()
+        raise
+    batch.rollout_s += time.monotonic() - mark_s
+    # Answers come as they end; what is learnt must not depend on that.
+    found.sort(key=lambda pair: (pair[0].group, pair[0].rollout.response_ids.tolist()))
+    batch.answers = [judged for judged, _ in found]
+    batch.futures = [future for _, future in found if future is not None]
+    return batch
 
 
-def _judged_samples(
-    judged: list[tuple[Rollout, float, Scores | None]],
+def finish(
+    batch: InFlight,
     *,
+    processes: Processes,
+    scorer: Scorer | None,
+    max_unscored_share: float,
     pass_threshold: float,
     normalise_std: bool,
     pass_rates: PassRates,
     paced: Paced | None,
-) -> list[Sample]:
-    groups: dict[str, list[tuple[Rollout, float, Scores | None]]] = defaultdict(list)
-    for item in judged:
-        groups[item[0].prompt.key].append(item)
-    for key, group in groups.items():
-        pass_rates.update(key, sum(reward >= pass_threshold for _, reward, _ in group), len(group))
-    weights = _prompt_weights(groups, pass_rates, paced)
+    at_step: int,
+    stop: Stopping = never,
+) -> Experience:
+    """Samples with rewards, group advantages, prompt weights and (if there is a teacher) scores. A meeting.
+
+    `pass_rates` is updated with the groups of the whole step first, so the weights are of the student as it is now.
+    Raises Stopped on every process if one was asked to stop, before anything was updated.
+    """
+    mark_s = time.monotonic()
+    scored: list[tuple[Judged, Scores | None]] = [(judged, None) for judged in batch.answers]
+    reasons: list[StillhouseError] = []
+    stopped = False
+    with processes.together():
+        if scorer is not None:
+            try:
+                results = scorer.collect([judged.rollout for judged in batch.answers], batch.futures, stop=stop)
+            except Stopped:
+                stopped = True
+                results = []
+            reasons = [result for result in results if isinstance(result, StillhouseError)]
+            pairs = zip(batch.answers, results, strict=True) if not stopped else []
+            scored = [(judged, result) for judged, result in pairs if isinstance(result, Scores)]
+    if processes.any(stopped or stop()):
+        raise Stopped("asked to stop while waiting for scores")
+    scoring_s = time.monotonic() - mark_s
+    with processes.together():
+        counts = processes.gather((len(reasons), len(batch.answers)))
+        unscored, answers = sum(count[0] for count in counts), sum(count[1] for count in counts)
+        if unscored > max_unscored_share * answers and reasons:
+            raise reasons[0]
+    groups: dict[int, list[tuple[Judged, Scores | None]]] = defaultdict(list)
+    for judged, scores in scored:
+        groups[judged.group].append((judged, scores))
+    weights = _learnt_of_groups(groups, processes, pass_threshold, pass_rates, paced)
     samples = []
-    for index, (key, group) in enumerate(groups.items()):
-        rewards = torch.tensor([[reward for _, reward, _ in group]], dtype=torch.float64)
+    for index, group in sorted(groups.items()):
+        rewards = torch.tensor([[judged.reward for judged, _ in group]], dtype=torch.float64)
         advantages = group_advantages(rewards, normalise_std=normalise_std)[0].tolist()
         failed = bool(group_failed(rewards >= pass_threshold)[0, 0])
-        for (rollout, reward, score), advantage in zip(group, advantages, strict=True):
+        for (judged, scores), advantage in zip(group, advantages, strict=True):
             samples.append(
                 Sample(
-                    rollout=rollout,
+                    rollout=judged.rollout,
                     group=index,
-                    reward=reward,
-                    passed=reward >= pass_threshold,
+                    reward=judged.reward,
+                    passed=judged.reward >= pass_threshold,
                     group_failed=failed,
                     advantage=advantage,
-                    prompt_weight=weights[key],
-                    scores=score,
+                    prompt_weight=weights[index],
+                    scores=scores,
                 )
             )
-    return samples
+    return Experience(
+        samples=samples,
+        staleness=at_step - batch.student_step,
+        dropped=sum(processes.gather(batch.dropped)),
+        unscored=unscored,
+        rollout_s=batch.rollout_s,
+        reward_s=batch.reward_s,
+        scoring_s=scoring_s,
+    )
 
 
-def _prompt_weights(
-    groups: dict[str, list[tuple[Rollout, float, Scores | None]]], pass_rates: PassRates, paced: Paced | None
-) -> dict[str, float]:
+def _learnt_of_groups(
+    groups: dict[int, list[tuple[Judged, Scores | None]]],
+    processes: Processes,
+    pass_threshold: float,
+    pass_rates: PassRates,
+    paced: Paced | None,
+) -> dict[int, float]:
+    """Updates `pass_rates` by all groups of the step, and gives the weight of each of them. A meeting."""
+    own = [
+        (index, group[0][0].rollout.prompt.key, sum(judged.reward >= pass_threshold for judged, _ in group), len(group))
+        for index, group in groups.items()
+    ]
+    everyone = sorted(entry for entries in processes.gather(own) for entry in entries)
+    for _, key, passes, total in everyone:
+        pass_rates.update(key, passes, total)
     if paced is None:
-        return dict.fromkeys(groups, 1.0)
-    rates = [rate for key in groups if (rate := pass_rates.rate(key)) is not None]  # all: just updated
+        return {index: 1.0 for index, *_ in everyone}
+    rates = [rate for _, key, *_ in everyone if (rate := pass_rates.rate(key)) is not None]  # all: just updated
     weights = paced_weights(
         rates,
         alpha=paced.alpha,
         beta=paced.beta,
         smoothing=paced.smoothing,
-        samples=max(len(group) for group in groups.values()) if groups else None,
+        samples=max((total for *_, total in everyone), default=None),
         normalise=paced.normalise,
     )
-    return dict(zip(groups, weights.tolist(), strict=True))
+    return {index: weight for (index, *_), weight in zip(everyone, weights.tolist(), strict=True)}

@@ -8,7 +8,7 @@ from torch import Tensor
 from student_trainer import advantages, losses, surrogates
 from student_trainer.batch import Batch
 from student_trainer.logprobs import Support
-from student_trainer.objective_config import Divergence, Mask, ObjectiveConfig, PolicyGradient
+from student_trainer.objective_config import Divergence, Importance, Mask, ObjectiveConfig, PolicyGradient
 from student_trainer.schedules import value_at
 
 
@@ -18,6 +18,7 @@ class TokenLosses:
 
     terms: dict[str, Tensor]
     clipped: Tensor | None  # [R] bool: where the surrogate's clip took the gradient away
+    importance: surrogates.ImportanceWeights | None = None  # [R] each; None: no correction
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -25,15 +26,30 @@ class NonFiniteLoss(ArithmeticError):
 
 
 def token_losses(
-    objective: ObjectiveConfig, step: int, batch: Batch, support: Support, policy_logprobs: Tensor
+    objective: ObjectiveConfig,
+    step: int,
+    batch: Batch,
+    support: Support,
+    policy_logprobs: Tensor,
+    importance: Importance | None = None,
 ) -> TokenLosses:
     """Every term of the objective at `step` whose coefficient is not zero.
 
     support: the student at the batch's support, at the distillation temperature. policy_logprobs: [R], the
-    student's log-probability of the sampled tokens at the rollout temperature. Nats.
+    student's log-probability of the sampled tokens at the rollout temperature. Nats. Both are of the student as it
+    is now, whoever made the answers and when: so the signal of a reverse KL is never stale.
     """
     terms: dict[str, Tensor] = {}
     clipped = None
+    weights = None
+    if importance is not None and importance.kind != "none":
+        weights = surrogates.importance_weights(
+            policy_logprobs,
+            batch.sampler_logprobs,
+            mask=importance.kind == "mask",
+            low=importance.low,
+            high=importance.high,
+        )
     prompt_weight = batch.prompt_weights[batch.sequence]
     for index, divergence in enumerate(objective.divergences):
         coefficient = value_at(divergence.coefficient, step)
@@ -41,6 +57,8 @@ def token_losses(
             continue
         name = divergence.kind if divergence.kind not in terms else f"{divergence.kind}_{index}"
         weight = coefficient * prompt_weight * _mask(divergence.mask, batch)[batch.sequence]
+        if weights is not None:
+            weight = weight * weights.bounded
         # Tokens without weight are dropped, not multiplied by zero: 0 * inf would be NaN, in the gradient too.
         rows = torch.nonzero(weight).squeeze(1)
         values = weight[rows] * _divergence(divergence, batch, support, rows)
@@ -48,24 +66,33 @@ def token_losses(
     gradient = objective.policy_gradient
     if gradient is not None and (coefficient := value_at(gradient.coefficient, step)) != 0:
         surrogate = _surrogate(gradient, step, batch, support, policy_logprobs, prompt_weight)
-        terms["policy_gradient"] = coefficient * surrogate.loss
+        kept = surrogate.loss
+        if weights is not None:
+            # A masked token is left out, not multiplied by zero: its loss may be infinite.
+            kept = torch.where(weights.relative != 0, kept, 0.0) * weights.relative
+        terms["policy_gradient"] = coefficient * kept
         clipped = surrogate.clipped
-    return TokenLosses(terms, clipped)
+    return TokenLosses(terms, clipped, weights)
 
 
-def reduce_loss(token: TokenLosses, batch: Batch, step: int) -> Tensor:
-    """The batch's share of the loss: sum over tokens of weight * (sum of terms).
-
-    Raises NonFiniteLoss naming step, term and sample before anything is back-propagated.
-    """
+def reduce_loss(token: TokenLosses, batch: Batch) -> Tensor:
+    """The batch's share of the loss: sum over tokens of weight * (sum of terms)."""
     total = batch.token_weights.new_zeros(())
+    for values in token.terms.values():
+        total = total + _weighted(values, batch).sum()
+    return total
+
+
+def refuse_non_finite(token: TokenLosses, batch: Batch, step: int) -> None:
+    """Raises NonFiniteLoss naming step, term and sample if a token of the batch has a loss that is not a number."""
     for name, values in token.terms.items():
-        weighted = torch.where(batch.token_weights != 0, batch.token_weights * values, 0.0)
-        bad = torch.nonzero(~torch.isfinite(weighted))
+        bad = torch.nonzero(~torch.isfinite(_weighted(values.detach(), batch)))
         if len(bad):
             raise NonFiniteLoss(_describe(name, values, int(bad[0]), batch, step))
-        total = total + weighted.sum()
-    return total
+
+
+def _weighted(values: Tensor, batch: Batch) -> Tensor:
+    return torch.where(batch.token_weights != 0, batch.token_weights * values, 0.0)
 
 
 def _describe(name: str, values: Tensor, row: int, batch: Batch, step: int) -> str:

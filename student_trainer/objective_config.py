@@ -124,6 +124,23 @@ class Paced(ConfigModel):
     """Share of the old pass rate kept at each new group of answers (proposed)."""
 
 
+class Importance(ConfigModel):
+    """Bounds on each token's importance ratio r = student / sampler, which stands for the age of an answer and for
+    the difference between rollout engine and trainer.
+
+    The divergences are weighted with the bounded ratio, detached (SDPO has it so); in the policy gradient, whose
+    surrogate holds the ratio itself, it is bounded the same way.
+    """
+
+    kind: Literal["truncate", "mask", "none"] = "truncate"
+    """`truncate`: min(r, high) (TIS). `mask`: r inside low .. high, otherwise the token is left out (IcePop).
+    `none`: no correction."""
+    low: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """mask only: smallest ratio that counts."""
+    high: float = Field(default=2.0, gt=1.0)
+    """Largest ratio that counts in full."""
+
+
 class ObjectiveConfig(ConfigModel):
     """The loss: sum over tokens of weight * (divergences + policy gradient)."""
 
@@ -138,6 +155,9 @@ class ObjectiveConfig(ConfigModel):
     reduction: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"] = "token_mean"
     """How tokens are averaged: over all tokens of the step (DAPO); per sequence, then over sequences (GRPO);
     sum over max_new_tokens, then over sequences (Dr.GRPO)."""
+    importance: Importance | None = None
+    """Correction for answers of an older student or of another engine; null: `truncate` where there are such
+    (rollout.batches_ahead above 0, rollout.engine other than transformers), otherwise none."""
     temperature: float | None = Field(default=None, gt=0.0)
     """Temperature of both distributions in the divergences and of the teacher's scores; null: the rollouts'."""
 

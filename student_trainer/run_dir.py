@@ -3,56 +3,55 @@
 config.yaml            the configuration as it was resolved
 metrics.jsonl          a line a step
 samples.jsonl          some rollouts of each step, with log-probabilities per token
-checkpoints/step-N/    the student after N steps, in Hugging Face format
+checkpoints/step-N/    the student after N steps, in Hugging Face format, and the state to resume from
 summary.json           the outcome, written at the end
+lock                   who uses the directory now
 """
 
+import contextlib
+import fcntl
 import json
 import os
-import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
 from student_trainer.batch import Sample
 from student_trainer.config import ConfigError, RunConfig, dump_config
 
+_LOCK = "lock"
+
 
 class RunDir:
-    """Appends to the files of one run; every line is on disk before the next step."""
+    """Appends to the files of one run; every line is on disk before the next step.
 
-    def __init__(self, config: RunConfig) -> None:
+    With several processes only the main one has files (`writes`); what the others append goes nowhere.
+    """
+
+    def __init__(self, config: RunConfig, *, writes: bool = True, after_step: int = 0) -> None:
+        """after_step: the step that the run goes on from; what older attempts wrote of later steps is removed."""
         self.path = config.run_dir
-        self._keep = config.checkpoints.keep
         self._samples_per_step = config.samples_per_step
-        try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"run_dir: {self.path} cannot be made ({error.strerror}); choose another") from error
+        self._metrics = self._samples = None
+        if not writes:
+            return
         (self.path / "config.yaml").write_text(dump_config(config))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _cut_after(self.path / name, after_step)
         self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
         self._samples = (self.path / "samples.jsonl").open("a", buffering=1)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl. Not a number is no JSON: a value that is not finite is refused."""
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
 
     def samples(self, step: int, samples: list[Sample], student_logprobs: list[list[float]]) -> None:
         """Lines of samples.jsonl for the first `samples_per_step`; `student_logprobs` runs along `samples`."""
+        if self._samples is None:
+            return
         for sample, logprobs in list(zip(samples, student_logprobs, strict=True))[: self._samples_per_step]:
             self._samples.write(json.dumps(_sample_row(step, sample, logprobs)) + "\n")
-
-    def checkpoint(self, step: int, model: Any, tokenizer: Any) -> Path:
-        """Saves the student after `step` steps; a crash while saving leaves no half checkpoint under its name."""
-        folder = self.path / "checkpoints"
-        final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        os.replace(partial, final)
-        saved = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-        for old in saved[: -self._keep]:
-            shutil.rmtree(old)
-        return final
 
     def summary(self, content: dict[str, Any]) -> None:
         """Writes summary.json, whole or not at all."""
@@ -60,14 +59,70 @@ class RunDir:
 
     def close(self) -> None:
         """Closes the files."""
-        self._metrics.close()
-        self._samples.close()
+        for file in (self._metrics, self._samples):
+            if file is not None:
+                file.close()
 
 
-def refuse_used(path: Path) -> None:
-    """Raises ConfigError if `path` holds anything: a run is never written over."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"run_dir: {path} is not empty; choose another directory or remove it")
+class Claim:
+    """This process's right to a run directory, until it is released or the process ends, however it ends.
+
+    Raises ConfigError if another process has it, or if there is a run and `resume` is false. Makes the directory.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"run_dir: {path} is a file; choose a directory")
+        self._path, self._made = path, not path.exists()
+        holds = path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir())
+        if holds and not resume:
+            hint = "go on with it by --resume, or " if (path / "config.yaml").is_file() else ""
+            raise ConfigError(f"run_dir: {path} is not empty; {hint}choose another directory or remove it")
+        if holds and not (path / "config.yaml").is_file():
+            raise ConfigError(f"run_dir: {path} holds something, but no run to resume; choose another directory")
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._file = (path / _LOCK).open("a+")
+        except OSError as error:
+            raise ConfigError(f"run_dir: {path} cannot be made ({error.strerror}); choose another") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ConfigError(
+                f"run_dir: {path} is in use by {owner}; wait for it, stop it, or choose another directory"
+            ) from error
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Lets others have it. Removes what was made here if no run came of it."""
+        if not (self._path / "config.yaml").exists():
+            (self._path / _LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty: not ours
+                (self._path / "checkpoints").rmdir()
+                if self._made:
+                    self._path.rmdir()
+        self._file.close()
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Removes the lines of later steps, and a last line that a crash left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
 
 
 def write_json(path: Path, content: Any) -> None:

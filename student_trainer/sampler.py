@@ -1,11 +1,20 @@
-"""The student's own answers. `Sampler` is the seam; here is the one that uses transformers' `generate`."""
+"""The student's own answers. `Sampler` is the seam; here is the one that uses transformers' `generate`.
+
+Every answer has a stream of random numbers of its own, one number a token, made from the seed, its prompt and its
+place among the answers to it. So what is drawn depends neither on the lots in which answers are generated nor on
+the number of processes that share them (but for rounding of the logits, which can turn a draw that falls on the edge
+between two tokens).
+"""
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -13,58 +22,80 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
+    TopPLogitsWarper,
 )
 
 from student_trainer.batch import Rollout
 from student_trainer.config import RolloutConfig
 from student_trainer.prompts import Prompt
+from student_trainer.stopping import Stopping, never
 
 
 class Sampler(Protocol):
     """Makes answers with the student as it is now."""
 
-    def sample(self, prompts: Sequence[Prompt], answers: int, *, seed: int) -> Iterator[list[Rollout]]:
+    owns_weights: bool
+    """True: it has a copy of the weights, so it may work while the trainer changes its own."""
+
+    def sample(
+        self, prompts: Sequence[Prompt], answers: int, *, seed: int, stop: Stopping = never
+    ) -> Iterator[list[Rollout]]:
         """`answers` rollouts for each prompt, handed over in lots as they end.
 
         The same seed, prompts and weights give the same rollouts. Lots come in any order; rollouts of one
-        prompt are told apart by nothing but their place.
+        prompt are told apart by nothing but their place. Once `stop()` is true no further lot comes.
         """
         ...
 
+    def close(self) -> None:
+        """Ends whatever it started."""
+        ...
 
-class _Recorder(LogitsProcessor):
-    """Notes what `generate` draws: log-probability of each token and the most likely tokens beside it.
 
-    Sees the bare logits, before temperature and top-p. Holds one step's [B, V] log-probabilities, never all.
-    Also takes away the ids beyond the vocabulary, which a padded head would let through.
+def stream_seed(seed: int, prompt: Prompt, answer: int) -> list[int]:
+    """Entropy for the random numbers of one answer: another list for every (seed, prompt, answer)."""
+    return [seed, int.from_bytes(hashlib.sha256(prompt.key.encode()).digest()[:8], "big"), answer]
+
+
+class _Drawer(LogitsProcessor):
+    """Draws the next tokens itself, by the inverse of the cumulative distribution, and notes what it drew:
+    log-probability of each token and the most likely tokens beside it.
+
+    `generate` gets logits that leave it no choice. Holds one step's [B, V] log-probabilities, never all. Ids
+    beyond the vocabulary, which a padded head would let through, are never drawn.
     """
 
-    def __init__(self, vocabulary_size: int, temperature: float, candidates: int) -> None:
+    def __init__(
+        self, uniforms: Tensor, vocabulary_size: int, temperature: float, top_p: float, candidates: int
+    ) -> None:
+        self._uniforms = uniforms  # [B, T] float64 in 0 .. 1
         self._vocabulary_size = vocabulary_size
         self._temperature = temperature
+        self._nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
         self._candidates = candidates
-        self._last: Tensor | None = None
         self.logprobs: list[Tensor] = []  # a step: [B]
         self.candidate_ids: list[Tensor] = []  # a step: [B, M]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._note_drawn(input_ids)
-        usable = scores[:, : self._vocabulary_size].float()
-        self._last = torch.log_softmax(usable / self._temperature, dim=-1)
-        self.candidate_ids.append(self._last.topk(self._candidates, dim=-1).indices.to(torch.int32))
-        if scores.shape[1] > self._vocabulary_size:
-            scores = scores.clone()
-            scores[:, self._vocabulary_size :] = -torch.inf
-        return scores
+        whole = torch.log_softmax(scores[:, : self._vocabulary_size].float() / self._temperature, dim=-1)
+        self.candidate_ids.append(whole.topk(self._candidates, dim=-1).indices.to(torch.int32))
+        drawn_from = whole if self._nucleus is None else self._nucleus(input_ids, whole)  # pyright: ignore
+        # In float64: the distribution function of a large vocabulary has steps that float32 would swallow.
+        cumulative = drawn_from.double().exp().cumsum(-1)
+        wanted = self._uniforms[:, len(self.logprobs), None] * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=self._vocabulary_size - 1)
+        self.logprobs.append(whole.gather(1, drawn).squeeze(1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
-    def finish(self, sequences: Tensor) -> None:
-        """Notes the last token drawn."""
-        self._note_drawn(sequences)
 
-    def _note_drawn(self, input_ids: Tensor) -> None:
-        if self._last is not None:
-            # A sequence that has ended is padded with an id of the vocabulary; those are cut away later.
-            self.logprobs.append(self._last.gather(1, input_ids[:, -1:]).squeeze(1))
+class _GiveUp(StoppingCriteria):
+    """Ends all answers where they are once somebody asks to stop; they are thrown away."""
+
+    def __init__(self, stop: Stopping) -> None:
+        self._stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), self._stop(), device=input_ids.device)
 
 
 class _StopStrings(StoppingCriteria):
@@ -94,29 +125,55 @@ class _StopStrings(StoppingCriteria):
 class TransformersSampler:
     """Samples with `model.generate`, in lots of `config.batch_size`.
 
-    candidates: M, how many of the student's own most likely tokens to note at each position.
+    candidates: M, how many of the student's own most likely tokens to note at each position. generating: entered
+    around all lots of a `sample`; a sharded model needs it (see `student_trainer.parallel`).
     """
 
+    owns_weights = False
+
     def __init__(
-        self, model: Any, tokenizer: Any, config: RolloutConfig, *, vocabulary_size: int, candidates: int
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: RolloutConfig,
+        *,
+        vocabulary_size: int,
+        candidates: int,
+        generating: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._config = config
         self._vocabulary_size = vocabulary_size
         self._candidates = min(candidates, vocabulary_size)
+        self._generating = generating
         self._eos_ids = eos_ids(model, tokenizer)
 
-    def sample(self, prompts: Sequence[Prompt], answers: int, *, seed: int) -> Iterator[list[Rollout]]:
+    def sample(
+        self, prompts: Sequence[Prompt], answers: int, *, seed: int, stop: Stopping = never
+    ) -> Iterator[list[Rollout]]:
         """See `Sampler`."""
         # Prompts of like length together: less padding. The sort is stable, so the order is deterministic.
-        queue = sorted((prompt for prompt in prompts for _ in range(answers)), key=lambda p: len(p.token_ids))
+        queue = sorted(
+            ((prompt, answer) for prompt in prompts for answer in range(answers)), key=lambda e: len(e[0].token_ids)
+        )
         size = self._config.batch_size
-        for start in range(0, len(queue), size):
-            yield self._generate(queue[start : start + size], seed + start)
+        with self._generating():
+            for start in range(0, len(queue), size):
+                if stop():
+                    return
+                lot = queue[start : start + size]
+                seeds = [stream_seed(seed, prompt, answer) for prompt, answer in lot]
+                rollouts = self._generate([prompt for prompt, _ in lot], seeds, stop)
+                if stop():
+                    return
+                yield rollouts
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     @torch.no_grad()
-    def _generate(self, prompts: list[Prompt], seed: int) -> list[Rollout]:
+    def _generate(self, prompts: list[Prompt], seeds: list[list[int]], stop: Stopping) -> list[Rollout]:
         config = self._config
         width = max(len(prompt.token_ids) for prompt in prompts)
         pad_id = self._pad_id()
@@ -125,34 +182,38 @@ class TransformersSampler:
         for index, prompt in enumerate(prompts):
             input_ids[index, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask[index, width - len(prompt.token_ids) :] = 1
-        recorder = _Recorder(self._vocabulary_size, config.temperature, self._candidates)
+        device = self._model.device
+        drawer = _Drawer(
+            torch.from_numpy(_uniforms(seeds, config.max_new_tokens)).to(device),
+            self._vocabulary_size,
+            config.temperature,
+            config.top_p,
+            self._candidates,
+        )
         generation = GenerationConfig(
-            do_sample=True,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=0,
+            do_sample=False,  # the drawer draws
             max_new_tokens=config.max_new_tokens,
             eos_token_id=sorted(self._eos_ids),
             pad_token_id=pad_id,
         )
-        stop = _StopStrings(self._tokenizer, config.stop, width, len(prompts)) if config.stop else None
-        with _as_sampler(self._model, seed):
+        criteria: list[StoppingCriteria] = [_GiveUp(stop)]
+        strings = _StopStrings(self._tokenizer, config.stop, width, len(prompts)) if config.stop else None
+        with _as_sampler(self._model):
             sequences = self._model.generate(
-                input_ids=input_ids.to(self._model.device),
-                attention_mask=mask.to(self._model.device),
+                input_ids=input_ids.to(device),
+                attention_mask=mask.to(device),
                 generation_config=generation,
-                logits_processor=LogitsProcessorList([recorder]),
-                stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+                logits_processor=LogitsProcessorList([drawer]),
+                stopping_criteria=StoppingCriteriaList(criteria + ([strings] if strings else [])),
             )
-        recorder.finish(sequences)
-        stops: list[int | None] = stop.lengths if stop else [None] * len(prompts)
-        return self._rollouts(prompts, sequences[:, width:].cpu(), recorder, stops)
+        stops: list[int | None] = strings.lengths if strings else [None] * len(prompts)
+        return self._rollouts(prompts, sequences[:, width:].cpu(), drawer, stops)
 
     def _rollouts(
-        self, prompts: list[Prompt], responses: Tensor, recorder: _Recorder, stops: list[int | None]
+        self, prompts: list[Prompt], responses: Tensor, drawer: _Drawer, stops: list[int | None]
     ) -> list[Rollout]:
-        logprobs = torch.stack(recorder.logprobs, dim=1).cpu().numpy()  # [B, T]
-        candidates = torch.stack(recorder.candidate_ids, dim=1).cpu().numpy()  # [B, T, M]
+        logprobs = torch.stack(drawer.logprobs, dim=1).cpu().numpy()  # [B, T]
+        candidates = torch.stack(drawer.candidate_ids, dim=1).cpu().numpy()  # [B, T, M]
         tokens = responses.numpy().astype(np.int32)  # [B, T]
         rollouts = []
         for index, prompt in enumerate(prompts):
@@ -180,9 +241,14 @@ class TransformersSampler:
         return pad_id if pad_id is not None else min(self._eos_ids)
 
 
+def _uniforms(seeds: list[list[int]], length: int) -> NDArray[np.float64]:
+    """[B, length] in [0, 1): row i from seeds[i] alone."""
+    return np.stack([np.random.default_rng(seed).random(length) for seed in seeds])
+
+
 @contextlib.contextmanager
-def _as_sampler(model: Any, seed: int) -> Generator[None]:
-    """Evaluation mode, a random state of its own, and none of the model's own generation settings.
+def _as_sampler(model: Any) -> Generator[None]:
+    """Evaluation mode and none of the model's own generation settings.
 
     `generate` fills what its configuration leaves open from the model's (a repetition penalty, say), which
     would draw from another distribution than the one whose log-probabilities are noted.
@@ -190,11 +256,8 @@ def _as_sampler(model: Any, seed: int) -> Generator[None]:
     was_training, configured = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()
-    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
+        yield
     finally:
         model.generation_config = configured
         model.train(was_training)

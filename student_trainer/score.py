@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from stillhouse.codec import Scores, Teacher
 from stillhouse.vocabulary import vocabulary_digest
 from student_trainer.config import ConfigError
 from student_trainer.policy import load_tokenizer
+from student_trainer.progress import Heartbeat
 from student_trainer.run_dir import write_json
-from student_trainer.scoring import gather
 
 _PER_TOKEN = ("top_ids", "top_logprobs", "sampled_logprobs", "log_tail", "entropy", "log_normalizer")
 
@@ -65,10 +66,28 @@ def score_file(options: argparse.Namespace) -> None:
                 )
                 for _, ids, start in chosen
             ]
-            _write(path, chosen, gather(futures))
+            _write(path, chosen, _gather(futures))
             tokens += sum(len(ids) - start for _, ids, start in chosen)
             rate = tokens / (time.monotonic() - start_s)
             print(f"{path}: {len(chosen)} sequences, {rate:,.0f} tokens/s", file=sys.stderr, flush=True)
+
+
+def _gather(futures: list[Future[Scores]], *, note_every_s: float = 10.0) -> list[Scores]:
+    """Results in order; a line on stderr every `note_every_s` while any is missing.
+
+    The first failure is raised at once and the rest withdrawn. Each call carries its own deadline, so this ends.
+    """
+    heartbeat = Heartbeat("waiting for the teacher's scores", len(futures), every_s=note_every_s)
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=note_every_s, return_when=FIRST_COMPLETED)
+        heartbeat.advance(len(done))
+        for future in done:
+            if future.exception() is not None:
+                for other in pending:
+                    other.cancel()
+                future.result()
+    return [future.result() for future in futures]
 
 
 def _read(path: Path, tokenizer: Any) -> list[tuple[int, list[int], int]]:

@@ -1,26 +1,60 @@
 """The trainer's side of the teacher pool: checks at start, and rollouts in, scores out."""
 
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from stillhouse.client import TeacherClient
 from stillhouse.codec import Scores, Teacher
-from stillhouse.errors import StillhouseError
+from stillhouse.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    ModelRevisionMismatch,
+    NonFiniteScores,
+    StillhouseError,
+    TransportFailed,
+    Unavailable,
+    UnknownModel,
+    VocabularyMismatch,
+    WrongAnswer,
+)
 from stillhouse.vocabulary import vocabulary_digest
 from student_trainer.batch import Rollout, candidates_for_teacher
 from student_trainer.config import ConfigError, RunConfig, TeacherConfig
 from student_trainer.progress import Heartbeat
+from student_trainer.stopping import Stopped, Stopping, never
+
+_CHANGED = (UnknownModel, ModelRevisionMismatch, VocabularyMismatch)
+_WORTH_ANOTHER_TRY = (EngineFailed, NonFiniteScores, TransportFailed, WrongAnswer)
+_TRIES_TOO_LATE = 3
+_POLL_S = 0.5
+_SHOW_EVERY_S = 10.0
 
 
 class Scorer:
-    """Scores rollouts with the pool, against the revision and vocabulary that were checked at start."""
+    """Scores rollouts with the pool, against the revision and vocabulary that were checked at start.
+
+    What goes wrong with a call is one of three things. The pool is away (nobody answers, or too late): an outage,
+    which is waited out up to `outage_s`. The teacher cannot score this sequence: it is dropped, after a second try
+    where that can help. The pool is not what it was at the start (another revision, another vocabulary): the run
+    ends, because every further score would be of something else.
+    """
 
     def __init__(self, client: TeacherClient, config: TeacherConfig, teacher: Teacher, temperature: float) -> None:
         self._client = client
         self._config = config
         self._temperature = temperature
         self.teacher = teacher
+        self.outage_s = 0.0
+        """How long nobody has answered a call that waits; 0 while the pool is up."""
+        self.on_outage: Callable[[float], None] = lambda seconds: None
+        """Called with `outage_s` once a second or so while it lasts, and with 0 at its end."""
+        self.total_outage_s = 0.0
+        """Of all outages so far."""
+        self._shown_s = 0.0
 
     def submit(self, rollout: Rollout) -> Future[Scores]:
         """Starts scoring the response of `rollout`; more calls than `max_in_flight` wait inside the client."""
@@ -36,6 +70,59 @@ class Scorer:
             expected_vocabulary_digest=self.teacher.vocabulary_digest,
         )
 
+    def collect(
+        self, rollouts: Sequence[Rollout], futures: Sequence[Future[Scores]], *, stop: Stopping = never
+    ) -> list[Scores | StillhouseError]:
+        """Waits for `futures`, which `submit` gave for `rollouts`: the scores, or why there are none, in order.
+
+        Ends early, with Stopped, once `stop()` is true. Raises what ends the run: an outage longer than `outage_s`
+        (Unavailable), or a pool that changed. Everything still under way is then withdrawn.
+        """
+        heartbeat = Heartbeat("waiting for the teacher's scores", len(futures))
+        results: list[Scores | StillhouseError | None] = [None] * len(futures)
+        pending = {future: index for index, future in enumerate(futures)}
+        tries: Counter[int] = Counter()
+        answers, answered_s = 0, time.monotonic()  # calls that ended in an answer, be it an error, and when the last
+        late_since: dict[int, int] = {}  # answers there were when a call was first too late
+        retries, away = self.retries, None
+        try:
+            while pending:
+                if stop():
+                    raise Stopped("asked to stop while waiting for scores")
+                done, _ = wait(pending, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+                for future in done:
+                    index = pending.pop(future)
+                    error = future.exception()
+                    tries[index] += 1
+                    if error is None:
+                        results[index] = future.result()
+                    elif not isinstance(error, StillhouseError) or isinstance(error, _CHANGED):
+                        raise error
+                    elif isinstance(error, DeadlineExceeded):
+                        # Too late again and again while others are answered: it is this sequence, not the pool.
+                        if answers > late_since.setdefault(index, answers) and tries[index] >= _TRIES_TOO_LATE:
+                            results[index] = error
+                    elif isinstance(error, _WORTH_ANOTHER_TRY) and tries[index] == 1:
+                        pending[self.submit(rollouts[index])] = index
+                        continue
+                    elif not error.retryable:
+                        results[index] = error
+                    if results[index] is None:
+                        away = error
+                        pending[self.submit(rollouts[index])] = index
+                    else:
+                        answers, answered_s, retries, away = answers + 1, time.monotonic(), self.retries, None
+                        heartbeat.advance(1)
+                missing = away is not None or self.retries > retries  # the client still tries by itself
+                self._note_outage(time.monotonic() - answered_s if missing else 0.0, away)
+                heartbeat.advance()
+        finally:
+            for future in pending:
+                future.cancel()
+            self._note_outage(0.0, None)
+        assert all(result is not None for result in results)
+        return results  # pyright: ignore[reportReturnType]
+
     @property
     def retries(self) -> int:
         """Calls sent again so far."""
@@ -44,6 +131,26 @@ class Scorer:
     def close(self) -> None:
         """Closes the connections."""
         self._client.close()
+
+    def _note_outage(self, seconds: float, error: StillhouseError | None) -> None:
+        limit_s, why = self._config.outage_s, error or "calls fail and are sent again"
+        if seconds >= limit_s:
+            raise Unavailable(f"no teacher has answered for {seconds:.0f} s (teacher.outage_s is {limit_s:g}): {why}")
+        if seconds - self._shown_s >= _SHOW_EVERY_S:
+            self._shown_s = seconds
+            print(
+                f"no teacher has answered for {seconds:.0f} s, the run waits (up to {limit_s:.0f} s): {why}",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self.outage_s and not seconds:
+            self.total_outage_s += self.outage_s
+            if self._shown_s:
+                print(f"the teacher answers again after {self.outage_s:.0f} s", file=sys.stderr, flush=True)
+            self._shown_s = 0.0
+        if seconds or self.outage_s:
+            self.on_outage(seconds)
+        self.outage_s = seconds
 
 
 def connect(config: RunConfig, teacher: TeacherConfig, tokenizer: Any) -> Scorer:
@@ -104,21 +211,3 @@ def check_lengths(longest_prompt: int, max_new_tokens: int, limit: int, who: str
             f"rollout.max_new_tokens: {max_new_tokens} after a prompt of {longest_prompt} tokens is more than the "
             f"{who}'s {limit}; lower it to {limit - longest_prompt} or set prompts.max_prompt_tokens"
         )
-
-
-def gather(futures: list[Future[Scores]], *, note_every_s: float = 10.0) -> list[Scores]:
-    """Results in order; a line on stderr every `note_every_s` while any is missing.
-
-    The first failure is raised at once and the rest withdrawn. Each call carries its own deadline, so this ends.
-    """
-    heartbeat = Heartbeat("waiting for the teacher's scores", len(futures), every_s=note_every_s)
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, timeout=note_every_s, return_when=FIRST_COMPLETED)
-        heartbeat.advance(len(done))
-        for future in done:
-            if future.exception() is not None:
-                for other in pending:
-                    other.cancel()
-                future.result()
-    return [future.result() for future in futures]

@@ -96,6 +96,39 @@ def k3(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
+class ImportanceWeights(NamedTuple):
+    bounded: Tensor  # per token: what of the ratio counts
+    relative: Tensor  # per token: bounded / ratio, for terms that hold the ratio already
+    ratio: Tensor  # per token: student / sampler; may overflow to inf
+    affected: Tensor  # bool: the bound changed this token
+
+
+def importance_weights(
+    logprobs: Tensor, old_logprobs: Tensor, *, mask: bool = False, low: float = 0.5, high: float = 2.0
+) -> ImportanceWeights:
+    """The importance ratio r = exp(logprobs - old_logprobs) within bounds, never differentiated.
+
+    mask=False: min(r, high), truncated importance sampling. mask=True: r where low <= r <= high, otherwise 0, so
+    that the token counts for nothing (IcePop; MiMo-V2-Flash 2601.02780 writes it so).
+    """
+    _check(logprobs, old_logprobs=old_logprobs)
+    if not 0.0 <= low < high < math.inf:
+        raise ValueError(f"low and high must be 0 <= low < high < inf, got {low} and {high}")
+    log_ratio = logprobs.detach() - old_logprobs.detach()
+    log_high = math.log(high)
+    above = log_ratio > log_high
+    if mask:
+        below = log_ratio < (math.log(low) if low else -math.inf)
+        affected = above | below
+        bounded = torch.where(affected, 0.0, log_ratio.exp())
+        relative = torch.where(affected, 0.0, torch.ones_like(log_ratio))
+    else:
+        affected = above
+        bounded = log_ratio.clamp(max=log_high).exp()
+        relative = (log_high - log_ratio).clamp(max=0.0).exp()
+    return ImportanceWeights(bounded, relative, log_ratio.exp(), affected)
+
+
 def _clipped(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Surrogate:
     if not (0.0 <= clip_low <= 1.0 and 0.0 <= clip_high < math.inf):
         raise ValueError(f"clip_low must be in 0..1 and clip_high at least 0, got {clip_low} and {clip_high}")

@@ -1,6 +1,8 @@
 """`student-trainer train` and `eval`: check everything, build the parts, run."""
 
 import contextlib
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -12,17 +14,51 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from student_trainer.config import ConfigError, EvaluationConfig, OptimizerConfig, RunConfig
-from student_trainer.evaluate import describe, evaluate
-from student_trainer.experience import Judge
-from student_trainer.loop import Parts, fit
+import stillhouse
+from student_trainer.checkpoint import (
+    FORMAT,
+    Checkpoints,
+    fingerprint,
+    load_moments,
+    process_files,
+    read_trainer,
+    saved_steps,
+    verify,
+)
+from student_trainer.config import (
+    ConfigError,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+    changed_keys,
+    plain_config,
+)
+from student_trainer.evaluate import describe as describe_result
+from student_trainer.evaluate import evaluate
+from student_trainer.experience import InFlight, Judge
+from student_trainer.guards import BestSoFar, Guards
+from student_trainer.in_flight import read_batches, restore_random_state
+from student_trainer.loop import Parts, RunState, fit
 from student_trainer.metrics import Exporter
-from student_trainer.policy import Policy, load_model, load_tokenizer, resolve_device, student_vocabulary
+from student_trainer.parallel import make_accelerator, meeting_timeout_s, whole_for_generation
+from student_trainer.passrate import PassRates
+from student_trainer.policy import (
+    Policy,
+    check_packing,
+    load_model,
+    load_tokenizer,
+    plain_model,
+    resolve_device,
+    student_vocabulary,
+)
+from student_trainer.processes import Processes
 from student_trainer.prompts import Prompt, PromptOrder, PromptsConfig, load_prompts
-from student_trainer.run_dir import RunDir, refuse_used
-from student_trainer.sampler import TransformersSampler
-from student_trainer.scoring import check_lengths, connect
-from student_trainer.verifiers import build_verifier, verify
+from student_trainer.run_dir import Claim, RunDir
+from student_trainer.sampler import Sampler, TransformersSampler
+from student_trainer.scoring import Scorer, check_lengths, connect
+from student_trainer.stopping import Stopped, StopRequest
+from student_trainer.verifiers import build_verifier
+from student_trainer.verifiers import verify as judge_answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,70 +70,299 @@ class _Problems:
     pass_threshold: float
 
 
-def train(config: RunConfig, folder: Path) -> dict[str, Any]:
+def train(config: RunConfig, folder: Path, *, resume: bool = False) -> dict[str, Any]:
     """A whole run; returns what summary.json holds. `folder` is that of the configuration file.
 
-    Everything that can be checked is checked before the run directory is made: prompts, verifiers, the model,
-    the teacher and whether they fit each other.
+    Everything that can be checked is checked before anything is written: prompts, verifiers, the model, the teacher
+    and whether they fit each other. resume: go on with the run in run_dir from its newest checkpoint, if it has one.
+
+    Raises Stopped after a SIGTERM or SIGINT; the run is saved then and can be resumed.
     """
-    refuse_used(config.run_dir)
-    device = resolve_device(config.student.device)
-    tokenizer = load_tokenizer(config.student.model)
-    problems = _problems(config.prompts, tokenizer, folder)
-    held_out = _held_out(config.evaluation, tokenizer, folder) if config.evaluation else None
-    if held_out:
-        _warn_of_overlap(problems.prompts, held_out.prompts)
-    order = PromptOrder(problems.prompts, config.seed)
-    with _refusing("rollout."):
-        order.batch(0, config.rollout.prompts_per_step)  # more prompts a step than there are
-    scorer = connect(config, config.teacher, tokenizer) if config.teacher and config.objective.needs_teacher else None
-    try:
-        if scorer:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        device = resolve_device(config.student.device)
+        with _refusing("student: "):
+            accelerator = make_accelerator(config, device, config.run_dir)
+        if accelerator.num_processes > 1:
+            stack.callback(torch.distributed.destroy_process_group)
+        processes = Processes(meeting_timeout_s(config))
+        with processes.together():
+            if processes.is_main:
+                stack.callback(Claim(config.run_dir, resume=resume).release)
+        checkpoint = found = None
+        with processes.together():
+            if resume and (saved := saved_steps(config.run_dir / "checkpoints")):
+                checkpoint = config.run_dir / "checkpoints" / f"step-{saved[-1]}"
+                if processes.is_main:
+                    verify(checkpoint)
+                found = read_trainer(checkpoint)
+                _check_resumed(config, checkpoint, found, processes)
+                if (summary := _finished(config, found)) is not None:
+                    return summary
+        try:
+            return _run(config, folder, accelerator, processes, stop, stack, checkpoint, found)
+        except Stopped as stopped:
+            raise stop.outcome() from stopped
+
+
+def _run(
+    config: RunConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    processes: Processes,
+    stop: StopRequest,
+    stack: contextlib.ExitStack,
+    checkpoint: Path | None,
+    found: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Builds the parts, evaluates, trains, evaluates; writes and returns the summary."""
+    with processes.together():
+        tokenizer = load_tokenizer(config.student.model)
+        problems = _problems(config.prompts, tokenizer, folder)
+        held_out = _held_out(config.evaluation, tokenizer, folder) if config.evaluation else None
+        if held_out and processes.is_main:
+            _warn_of_overlap(problems.prompts, held_out.prompts)
+        order = PromptOrder(problems.prompts, config.seed)
+        with _refusing("rollout."):
+            order.batch(0, config.rollout.prompts_per_step)  # more prompts a step than there are
+        if config.rollout.prompts_per_step < processes.count:
+            raise ConfigError(
+                f"rollout.prompts_per_step: {config.rollout.prompts_per_step} for {processes.count} processes; each "
+                "needs at least one prompt"
+            )
+        scorer = None
+        if config.teacher and config.objective.needs_teacher:
+            scorer = connect(config, config.teacher, tokenizer)
+            stack.callback(scorer.close)
             limit = scorer.teacher.max_sequence_tokens
             check_lengths(_longest(problems.prompts), config.rollout.max_new_tokens, limit, "teacher")
-        set_seed(config.seed)
+        set_seed(config.seed)  # the same in every process: new adapters begin with random numbers
         with _refusing("student.model: "):
-            model = load_model(config.student)
-            size = student_vocabulary(model, tokenizer)
+            model = load_model(config.student, accelerator.device, checkpoint)
+            size = student_vocabulary(plain_model(model), tokenizer)
         _check_context(config, model, problems.prompts + (held_out.prompts if held_out else []))
-        candidates = config.teacher.candidates if scorer and config.teacher else 0
-        sampler = TransformersSampler(model, tokenizer, config.rollout, vocabulary_size=size, candidates=candidates)
-        # accelerate places and scales; it must not choose another device than the configuration does.
-        accelerator = Accelerator(cpu=device.type == "cpu")
-        if accelerator.num_processes > 1:
-            raise ConfigError(
-                f"{accelerator.num_processes} processes were launched; this version trains with one: start it "
-                "without a launcher"
-            )
-        optimizer = _optimizer(model, config.optimizer)
-        warmup = max(1, config.optimizer.warmup_steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / warmup))
-        policy, optimizer = accelerator.prepare(Policy(model, size), optimizer)
-        exporter = _exporter(config.metrics_port) if config.metrics_port is not None else None
-        run_dir = RunDir(config)
-        assess = None
-        if held_out and config.evaluation:
-            assess = _evaluator(config, config.evaluation, held_out, sampler)
-        parts = Parts(
-            config=config,
-            policy=policy,
-            tokenizer=tokenizer,
-            sampler=sampler,
-            scorer=scorer,
-            judge=problems.judge,
-            pass_threshold=problems.pass_threshold,
-            order=order,
-            optimizer=optimizer,
-            learning_rate=schedule,
-            accelerator=accelerator,
-            run_dir=run_dir,
-            exporter=exporter,
-            evaluate=assess,
+        student = Policy(plain_model(model), size)
+        if config.optimizer.packing:
+            check_packing(student)
+        identity = {
+            "model": fingerprint(student.model),
+            "prompts": _digest(problems.prompts),
+            "teacher": scorer.teacher.model_revision if scorer else None,
+        }
+        if found is not None and checkpoint is not None:
+            _check_identity(checkpoint, found["identity"], identity)
+    optimizer = _optimizer(student, config.optimizer)
+    warmup = max(1, config.optimizer.warmup_steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / warmup))
+    policy, optimizer = accelerator.prepare(student, optimizer)
+    set_seed(config.seed, device_specific=True)  # what is random while training (dropout) differs by process
+    candidates = config.teacher.candidates if scorer and config.teacher else 0
+    with processes.together():
+        sampler = _sampler(config, student.model, tokenizer, accelerator, policy, size=size, candidates=candidates)
+        stack.callback(sampler.close)
+        exporter = None
+        if processes.is_main and config.metrics_port is not None:
+            exporter = _exporter(config.metrics_port)
+            stack.callback(exporter.close)
+            print(f"metrics at {exporter.url}", flush=True)
+    if scorer and exporter:
+        scorer.on_outage = lambda seconds: exporter.set("teacher_outage_now_s", seconds)
+    assess = None
+    if held_out and config.evaluation:
+        assess = _evaluator(config, config.evaluation, held_out, sampler, processes, stop)
+    state = RunState(PassRates(config.objective.prompt_weights.decay if config.objective.prompt_weights else 0.0))
+    restored: list[InFlight] = []
+    checkpoints = Checkpoints(
+        config.run_dir / "checkpoints",
+        processes,
+        keep=config.checkpoints.keep,
+        background=config.checkpoints.background,
+    )
+    if checkpoint is not None and found is not None:
+        load_moments(checkpoint, policy, getattr(optimizer, "optimizer", optimizer), processes)
+        with processes.together():
+            restored = _restore(state, schedule, checkpoint, found, problems.prompts, scorer, processes, accelerator)
+        checkpoints.note_best(state.best.step)
+    with processes.together():
+        run_dir = RunDir(config, writes=processes.is_main, after_step=_published(state))
+        stack.callback(run_dir.close)
+        (config.run_dir / "summary.json").unlink(missing_ok=True)
+        if processes.is_main:
+            print(f"{'resuming after' if found else 'starting at'} step {state.step}", file=sys.stderr, flush=True)
+    if config.trackers:
+        with _refusing("trackers: "):
+            accelerator.init_trackers("stillhouse", config=_numbers(plain_config(config)))
+        stack.callback(accelerator.end_training)
+
+    def describe(state: RunState) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "stillhouse": stillhouse.__version__,
+            "processes": processes.count,
+            "config": plain_config(config),
+            "identity": identity,
+            "schedule": {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"},
+            "pass_rates": state.pass_rates.state(),
+            "step": state.step,
+            "rollouts": state.rollouts,
+            "response_tokens": state.response_tokens,
+            "guards": state.guards.state(),
+            "best": state.best.state(),
+            "before": state.before,
+            "row": state.row,
+        }
+
+    parts = Parts(
+        config=config,
+        policy=policy,
+        model=model,
+        tokenizer=tokenizer,
+        sampler=sampler,
+        hand_over=lambda step: {},
+        scorer=scorer,
+        judge=problems.judge,
+        pass_threshold=problems.pass_threshold,
+        order=order,
+        optimizer=optimizer,
+        learning_rate=schedule,
+        accelerator=accelerator,
+        processes=processes,
+        run_dir=run_dir,
+        checkpoints=checkpoints,
+        describe=describe,
+        exporter=exporter,
+        evaluate=assess,
+        stop=stop,
+    )
+    start_s = time.monotonic()
+    if assess and state.before is None and state.step == 0:
+        parts.hand_over(0)
+        state.before = assess(0)
+    ended = fit(parts, state, restored)
+    summary: dict[str, Any] = {"before": state.before} if state.before else {}
+    summary |= {"steps": state.step, "rollouts": state.rollouts, "response_tokens": state.response_tokens}
+    if assess:
+        parts.hand_over(state.step)
+        summary["after"] = assess(state.step)
+        if state.best.step is not None and ended is None:
+            state.best.note(state.step, summary["after"][f"pass@{config.evaluation.k[0]}"])
+    summary["checkpoint"] = str(config.run_dir / "checkpoints" / f"step-{state.step}")
+    if state.best.step is not None:
+        summary["best"] = {"checkpoint": str(config.run_dir / "checkpoints" / f"step-{state.best.step}")}
+        summary["best"] |= {"step": state.best.step, "value": state.best.value}
+    if ended is not None:
+        summary["ended"] = ended
+    if scorer:
+        summary["teacher"] = {"model": scorer.teacher.model, "revision": scorer.teacher.model_revision}
+    summary["wall_s"] = round(time.monotonic() - start_s, 2)
+    if processes.is_main:
+        run_dir.summary(summary)
+    return summary
+
+
+def _check_resumed(config: RunConfig, checkpoint: Path, found: dict[str, Any], processes: Processes) -> None:
+    """Refuses to go on with something else than what was saved."""
+    changed = changed_keys(found["config"], plain_config(config))
+    if changed:
+        raise ConfigError(
+            f"run_dir: {config.run_dir} was begun with another configuration; set these back, or start a new run "
+            f"(student.model={checkpoint} begins with its weights):\n  " + "\n  ".join(changed)
         )
-        return _run(parts)
-    finally:
-        if scorer:
-            scorer.close()
+    if found["processes"] != processes.count and not config.checkpoints.other_world_size:
+        raise ConfigError(
+            f"run_dir: {checkpoint} was saved by {found['processes']} processes, this run has {processes.count}; "
+            f"start {found['processes']}, or set checkpoints.other_world_size: true (the curve is then the same only "
+            "to rounding)"
+        )
+
+
+def _check_identity(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses a checkpoint of another model, other prompts or another teacher behind the same names."""
+    meanings = {
+        "model": "student.model: has other parameters than the model",
+        "prompts": "prompts: are not those (by key and tokens)",
+        "teacher": f"teacher: serves revision {now['teacher']}, not the one ({saved['teacher']})",
+    }
+    for name, what in meanings.items():
+        if saved[name] != now[name]:
+            raise ConfigError(f"{what} that {checkpoint} was made with; put it back, or start a new run")
+
+
+def _finished(config: RunConfig, found: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do."""
+    path = config.run_dir / "summary.json"
+    same_end = _end(found["config"]) == _end(plain_config(config))
+    if not path.is_file() or not same_end:
+        return None
+    print(f"{config.run_dir} is complete: nothing to do", file=sys.stderr)
+    return json.loads(path.read_text())
+
+
+def _end(config: dict[str, Any]) -> tuple[Any, Any]:
+    """What decides when a run ends."""
+    return config["steps"], (config["evaluation"] or {}).get("patience")
+
+
+def _restore(
+    state: RunState,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    checkpoint: Path,
+    found: dict[str, Any],
+    prompts: list[Prompt],
+    scorer: Scorer | None,
+    processes: Processes,
+    accelerator: Accelerator,
+) -> list[InFlight]:
+    """Puts everything but weights and optimiser back where it was; returns the answers in flight, scores asked for."""
+    state.step, state.rollouts, state.response_tokens = found["step"], found["rollouts"], found["response_tokens"]
+    state.before, state.row = found["before"], found["row"]
+    state.guards, state.best = Guards(**found["guards"]), BestSoFar(**found["best"])
+    state.pass_rates.load_state(found["pass_rates"])
+    schedule.load_state_dict(schedule.state_dict() | found["schedule"])
+    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+    files = process_files(checkpoint)
+    if len(files) == processes.count:
+        restore_random_state(files[processes.rank], accelerator.device)
+    by_key = {prompt.key: prompt for prompt in prompts}
+    restored = read_batches(files, by_key, processes.rank, processes.count)
+    for batch in restored:
+        batch.futures = [scorer.submit(judged.rollout) for judged in batch.answers] if scorer else []
+    return restored
+
+
+def _published(state: RunState) -> int:
+    """The last step whose figures are told; one that is still to be looked at is told later."""
+    return state.step - (state.row is not None)
+
+
+def _digest(prompts: list[Prompt]) -> str:
+    text = "\n".join(f"{prompt.key} {prompt.token_ids}" for prompt in prompts)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _numbers(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What every tracker can show: one level, plain values."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= _numbers(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
+    return found
+
+
+def _sampler(
+    config: RunConfig, model: Any, tokenizer: Any, accelerator: Accelerator, policy: Any, *, size: int, candidates: int
+) -> Sampler:
+    @contextlib.contextmanager
+    def generating() -> Generator[None]:
+        with whole_for_generation(policy), accelerator.autocast():
+            yield
+
+    return TransformersSampler(
+        model, tokenizer, config.rollout, vocabulary_size=size, candidates=candidates, generating=generating
+    )
 
 
 def evaluate_only(config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -107,34 +372,12 @@ def evaluate_only(config: RunConfig, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.student.model)
     held_out = _held_out(config.evaluation, tokenizer, folder)
     with _refusing("student.model: "):
-        model = load_model(config.student)
+        plain = config.student.model_copy(update={"lora": None})
+        model = load_model(plain, resolve_device(config.student.device))
         size = student_vocabulary(model, tokenizer)
     _check_context(config, model, held_out.prompts)
     sampler = TransformersSampler(model, tokenizer, config.rollout, vocabulary_size=size, candidates=0)
-    return _evaluator(config, config.evaluation, held_out, sampler)(0)
-
-
-def _run(parts: Parts) -> dict[str, Any]:
-    """Evaluates, trains, evaluates; writes and returns the summary."""
-    start_s = time.monotonic()
-    try:
-        if parts.exporter:
-            print(f"metrics at {parts.exporter.url}", flush=True)
-        summary: dict[str, Any] = {"before": parts.evaluate(0)} if parts.evaluate else {}
-        summary |= fit(parts)
-        if parts.evaluate:
-            summary["after"] = parts.evaluate(parts.config.steps)
-        summary["checkpoint"] = str(parts.run_dir.path / "checkpoints" / f"step-{parts.config.steps}")
-        if parts.scorer:
-            teacher = parts.scorer.teacher
-            summary["teacher"] = {"model": teacher.model, "revision": teacher.model_revision}
-        summary["wall_s"] = round(time.monotonic() - start_s, 2)
-        parts.run_dir.summary(summary)
-        return summary
-    finally:
-        parts.run_dir.close()
-        if parts.exporter:
-            parts.exporter.close()
+    return _evaluator(config, config.evaluation, held_out, sampler, Processes(), StopRequest())(0)
 
 
 @contextlib.contextmanager
@@ -155,7 +398,7 @@ def _problems(config: PromptsConfig, tokenizer: Any, folder: Path, within: str =
     on_error = config.verifier.on_error
     return _Problems(
         prompts,
-        lambda prompt, completion: verify(verifier, prompt, completion, on_error),
+        lambda prompt, completion: judge_answer(verifier, prompt, completion, on_error),
         config.verifier.pass_threshold,
     )
 
@@ -194,7 +437,12 @@ def _warn_of_overlap(prompts: list[Prompt], held_out: list[Prompt]) -> None:
 
 
 def _evaluator(
-    config: RunConfig, evaluation: EvaluationConfig, held_out: _Problems, sampler: TransformersSampler
+    config: RunConfig,
+    evaluation: EvaluationConfig,
+    held_out: _Problems,
+    sampler: Sampler,
+    processes: Processes,
+    stop: StopRequest,
 ) -> Callable[[int], dict[str, Any]]:
     def assess(step: int) -> dict[str, Any]:
         # The same seed every time: differences between evaluations are the model's.
@@ -205,8 +453,11 @@ def _evaluator(
             judge=held_out.judge,
             pass_threshold=held_out.pass_threshold,
             seed=config.seed,
+            processes=processes,
+            stop=stop,
         )
-        print(f"evaluation after step {step}: {describe(result)}", file=sys.stderr, flush=True)
+        if processes.is_main:
+            print(f"evaluation after step {step}: {describe_result(result)}", file=sys.stderr, flush=True)
         return result
 
     return assess

@@ -118,7 +118,7 @@ def test_rewards_alone_raise_the_reward_without_a_teacher(tmp_path):
 def test_the_run_directory_holds_what_the_docs_promise(teacher, tmp_path):
     run = _run(tmp_path, teacher, "steps=4", "checkpoints.every_steps=1", "checkpoints.keep=2")
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints",
+        "config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "lock",
     }  # fmt: skip
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-3", "step-4"]
     rows = _metrics(run)
@@ -218,7 +218,7 @@ def test_several_updates_a_step_each_see_whole_groups(teacher, tmp_path):
 def test_a_used_run_directory_is_refused_and_left_alone(teacher, tmp_path):
     run = _run(tmp_path, teacher, "steps=1")
     before = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match=r"run_dir: .* is not empty; choose another"):
+    with pytest.raises(ConfigError, match=r"run_dir: .* is not empty; go on with it by --resume, or choose"):
         _run(tmp_path, teacher, "steps=1")
     assert (run / "metrics.jsonl").read_bytes() == before
 
@@ -295,6 +295,6 @@ def test_an_infinite_loss_stops_before_the_update_and_the_last_checkpoint_stands
 
 
 def test_an_error_of_the_teacher_that_is_final_ends_the_run_with_its_name(teacher, tmp_path):
-    teacher.faults.fail_at(call=5, error=TokenIdOutOfRange("id 99"))
+    teacher.faults.fail_at(error=TokenIdOutOfRange("id 99"))
     with pytest.raises(TokenIdOutOfRange, match="id 99"):
         _run(tmp_path, teacher)

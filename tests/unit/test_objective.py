@@ -9,7 +9,7 @@ import torch
 from student_trainer import losses
 from student_trainer.batch import pack
 from student_trainer.logprobs import support_logprobs
-from student_trainer.objective import NonFiniteLoss, reduce_loss, token_losses
+from student_trainer.objective import NonFiniteLoss, reduce_loss, refuse_non_finite, token_losses
 from student_trainer.objective_config import ObjectiveConfig
 from tests.unit.test_batch import make_sample
 
@@ -68,7 +68,7 @@ def test_a_masked_answer_does_not_matter_even_if_its_loss_is_infinite():
     support, policy, hidden = _student(batch)
     broken = dataclasses.replace(batch, teacher_logprobs=teacher.index_fill(0, torch.tensor([0]), -torch.inf))
     objective = ObjectiveConfig.model_validate({"divergences": [{"kind": "reverse_kl", "mask": "failed"}]})
-    loss = reduce_loss(token_losses(objective, 0, broken, support, policy), broken, 1)
+    loss = reduce_loss(token_losses(objective, 0, broken, support, policy), broken)
     whole = reduce_loss(token_losses(objective, 0, batch, support, policy), batch, 1)
     assert torch.equal(loss, whole)
     (gradient,) = torch.autograd.grad(loss, hidden)
@@ -174,7 +174,7 @@ def test_sinkhorn_by_sequence_does_not_depend_on_the_batch():
 def test_the_loss_is_the_weighted_sum_of_all_terms():
     token, batch, _, _ = _terms({"recipe": "reverse_kl_rewards"})
     expected = ((token.terms["reverse_kl"] + token.terms["policy_gradient"]) / 6).sum()
-    torch.testing.assert_close(reduce_loss(token, batch, 1), expected)
+    torch.testing.assert_close(reduce_loss(token, batch), expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_names_step_term_and_sample(value):
     token, batch, _, _ = _terms({"recipe": "reverse_kl_rewards"})
     token.terms["reverse_kl"] = token.terms["reverse_kl"].index_fill(0, torch.tensor([4]), value)
     with pytest.raises(NonFiniteLoss) as caught:
-        reduce_loss(token, batch, 17)
+        refuse_non_finite(token, batch, 17)
     message = str(caught.value)
     assert "step 17: term reverse_kl is" in message
     assert "at token 1 (id 9) of the answer to p2" in message
@@ -198,4 +198,4 @@ def test_a_teacher_that_says_impossible_stops_the_run():
     batch = dataclasses.replace(batch, teacher_logprobs=teacher)
     token, *_ = _terms({"recipe": "reverse_kl"}, batch=batch)
     with pytest.raises(NonFiniteLoss, match="term reverse_kl is inf at token 2"):
-        reduce_loss(token, batch, 1)
+        refuse_non_finite(token, batch, 1)

@@ -1,8 +1,11 @@
 """What is known at start fails at start; a run's scores are of the pinned revision and vocabulary."""
 
+import contextlib
 import dataclasses
 import re
 import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -10,12 +13,22 @@ import numpy as np
 import pytest
 import yaml
 
-from stillhouse.errors import ModelRevisionMismatch, Unavailable
+from stillhouse.codec import Scores
+from stillhouse.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    ModelRevisionMismatch,
+    Overloaded,
+    SequenceTooLong,
+    Unavailable,
+)
 from stillhouse.vocabulary import vocabulary_digest
 from student_trainer.batch import Rollout
 from student_trainer.config import ConfigError, RunConfig
 from student_trainer.prompts import Prompt
-from student_trainer.scoring import check_lengths, connect, gather
+from student_trainer.score import _gather
+from student_trainer.scoring import Scorer, check_lengths, connect
+from student_trainer.stopping import Stopped
 from tests.fakes import BigramTeacher, FakeServer
 
 VOCABULARY = {f"w{index}": index for index in range(19)}
@@ -69,6 +82,7 @@ ROLLOUT = Rollout(
     text="",
     finished=True,
 )
+LATE = dataclasses.replace(ROLLOUT, text="late")
 
 
 def test_a_fitting_teacher_is_accepted():
@@ -128,7 +142,7 @@ def test_a_teacher_replaced_in_the_middle_is_a_named_error_not_a_silent_change()
         scorer = connect(config, config.teacher, _Tokenizer())
         server.faults.fail_at(error=ModelRevisionMismatch("another revision"))
         with pytest.raises(ModelRevisionMismatch):
-            gather([scorer.submit(ROLLOUT)])
+            scorer.collect([ROLLOUT], [scorer.submit(ROLLOUT)])
         scorer.close()
 
 
@@ -141,7 +155,7 @@ def test_gathering_keeps_the_order_and_says_when_it_waits(capsys):
         futures[1].set_result("b")
 
     threading.Timer(0.5, finish_late).start()
-    assert gather(futures, note_every_s=0.1) == ["a", "b", "c"]
+    assert _gather(futures, note_every_s=0.1) == ["a", "b", "c"]
     assert "waiting for the teacher's scores: 2 of 3, 0 s" in capsys.readouterr().err
 
 
@@ -149,5 +163,107 @@ def test_the_first_failure_is_raised_at_once_and_the_rest_withdrawn():
     futures: list[Future] = [Future() for _ in range(3)]
     futures[1].set_exception(Unavailable("gone"))
     with pytest.raises(Unavailable, match="gone"):
-        gather(futures)
+        _gather(futures)
     assert futures[0].cancelled() and futures[2].cancelled()
+
+
+@contextlib.contextmanager
+def _scoring(server: FakeServer, **teacher: Any) -> Iterator[Scorer]:
+    config = _config(server.address, yaml.safe_dump({"teacher": teacher}))
+    assert config.teacher is not None
+    scorer = connect(config, config.teacher, _Tokenizer())
+    try:
+        yield scorer
+    finally:
+        scorer.close()
+
+
+def _collect(scorer: Scorer, count: int, **options: Any) -> list[Any]:
+    return scorer.collect([ROLLOUT] * count, [scorer.submit(ROLLOUT) for _ in range(count)], **options)
+
+
+def test_a_sequence_the_teacher_cannot_score_is_an_error_in_its_place_and_the_others_are_scored():
+    with FakeServer(_Teacher()) as server, _scoring(server) as scorer:
+        server.faults.fail_at(call=2, error=SequenceTooLong("too long"))
+        results = _collect(scorer, 3)
+    assert sorted(type(result).__name__ for result in results) == ["Scores", "Scores", "SequenceTooLong"]
+
+
+def test_a_failure_of_the_engine_is_tried_once_more():
+    with FakeServer(_Teacher()) as server, _scoring(server) as scorer:
+        server.faults.fail_at(call=1, error=EngineFailed("a bug"))
+        assert isinstance(_collect(scorer, 1)[0], Scores)
+        server.faults.fail_at(error=EngineFailed("a bug"))
+        assert isinstance(_collect(scorer, 1)[0], EngineFailed)
+        assert server.calls["Score"] == 4
+
+
+def test_an_outage_longer_than_a_calls_deadline_is_waited_out_and_told(capsys, monkeypatch):
+    monkeypatch.setattr("student_trainer.scoring._SHOW_EVERY_S", 0.5)
+    seen: list[float] = []
+    server = FakeServer(_Teacher())
+    with _scoring(server, deadline_s=0.5) as scorer:
+        scorer.on_outage = seen.append
+        server.stop()
+        again: list[FakeServer] = []
+        timer = threading.Timer(2.5, lambda: again.append(FakeServer(_Teacher(), port=server.port)))
+        timer.start()
+        results = _collect(scorer, 2)
+        timer.join()
+        again[0].stop()
+    assert all(isinstance(result, Scores) for result in results)
+    assert max(seen) > 1.5 and seen[-1] == 0.0 and scorer.outage_s == 0.0
+    assert 1.5 < scorer.total_outage_s < 20
+    error = capsys.readouterr().err
+    assert re.search(r"no teacher has answered for [1-9] s, the run waits \(up to 7200 s\)", error)
+    assert re.search(r"the teacher answers again after \d+ s", error)
+
+
+def test_an_outage_that_lasts_too_long_ends_the_run():
+    server = FakeServer(_Teacher())
+    with _scoring(server, deadline_s=0.3, outage_s=1.5) as scorer:
+        server.stop()
+        with pytest.raises(Unavailable, match=r"no teacher has answered for \d s \(teacher.outage_s is 1.5\)"):
+            _collect(scorer, 2)
+
+
+def test_an_overloaded_pool_is_an_outage_not_a_lost_sample():
+    with FakeServer(_Teacher()) as server, _scoring(server, deadline_s=0.4) as scorer:
+        server.faults.fail_at(error=Overloaded("full", retry_delay_s=0.1))
+        threading.Timer(1.5, server.faults.planned.clear).start()
+        assert isinstance(_collect(scorer, 1)[0], Scores)
+        assert scorer.total_outage_s > 0.5
+
+
+def test_a_sequence_that_is_always_too_late_is_given_up_once_others_are_answered():
+    with FakeServer(_Teacher()) as server, _scoring(server) as scorer:
+        tries: list[float] = []
+
+        def submit(rollout: Rollout) -> Future[Scores]:
+            """One of them ends after 0.1 s with DeadlineExceeded, whenever it is sent."""
+            if rollout is not LATE:
+                return Scorer.submit(scorer, rollout)
+            tries.append(time.monotonic())
+            return _later(0.1, lambda future: future.set_exception(DeadlineExceeded("no answer within 0.1 s")))
+
+        scorer.submit = submit  # pyright: ignore
+        answer = scorer.submit(ROLLOUT).result()
+        others = [_later(0.15 * (index + 1), lambda future: future.set_result(answer)) for index in range(4)]
+        found = scorer.collect([LATE, *[ROLLOUT] * 4], [submit(LATE), *others])
+    assert isinstance(found[0], DeadlineExceeded) and len(tries) == 3
+    assert all(isinstance(result, Scores) for result in found[1:])
+
+
+def _later(after_s: float, then: Callable[[Future], None]) -> Future:
+    future: Future = Future()
+    threading.Timer(after_s, lambda: then(future)).start()
+    return future
+
+
+def test_waiting_for_scores_can_be_given_up():
+    with FakeServer(_Teacher()) as server, _scoring(server) as scorer:
+        server.faults.hang_at()
+        start_s = time.monotonic()
+        with pytest.raises(Stopped):
+            _collect(scorer, 2, stop=lambda: time.monotonic() - start_s > 0.5)
+        server.wait_for(lambda s: s.cancelled == 2)

@@ -1,0 +1,68 @@
+"""The processes of a run: what they tell each other besides gradients.
+
+Every method here is a meeting: all processes have to come, in the same order. They meet through gloo, on the CPU,
+so a meeting never waits for a device, and one that only waits for a slow teacher is not taken for dead as long as
+`meeting_timeout_s` has not passed.
+"""
+
+import contextlib
+import datetime
+from collections.abc import Generator
+from typing import Any
+
+import torch.distributed as dist
+
+
+class PeerFailed(RuntimeError):
+    """Another process of the run failed; the message says which and why."""
+
+
+class Processes:
+    """This process among `count`; with one of them every meeting is over at once.
+
+    Call it on every process, after torch.distributed was set up (accelerate does that).
+    """
+
+    def __init__(self, meeting_timeout_s: float = 1800.0) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.count = dist.get_world_size() if together else 1
+        timeout = datetime.timedelta(seconds=meeting_timeout_s)
+        # One for the loop, one for whoever saves in the background: their meetings must not meet each other.
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.count > 1 else None
+        self.background_group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.count > 1 else None
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one that writes what is written once."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every process, in the order of their ranks. Values are pickled: keep them small."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return any(self.gather(flag))
+
+    @contextlib.contextmanager
+    def together(self) -> Generator[None]:
+        """Work that may fail on one process: then it fails on all of them, instead of leaving the others to wait.
+
+        The others raise PeerFailed. What is no Exception (an interrupt) goes its own way.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        reports = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, report in enumerate(reports):
+            if report is not None:
+                raise PeerFailed(f"process {rank} of {self.count} failed: {report}")

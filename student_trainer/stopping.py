@@ -1,0 +1,64 @@
+"""Being asked to stop: the first SIGTERM or SIGINT asks, and the run stops where nothing is lost.
+
+Answers that are being made or scored are given up (they are made again on resume, the same ones); a training step
+that has begun is finished. Then the run is saved. A second SIGINT (Ctrl-C) does not wait; a second SIGTERM changes
+nothing, since launchers send several.
+"""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+
+class Stopped(Exception):
+    """Somebody asked the run to stop; everything that was done is saved, or about to be."""
+
+
+class Interrupted(Stopped):
+    """The same, by Ctrl-C."""
+
+
+class StopRequest:
+    """Asked to stop or not. In a `with` block of the main thread it listens to SIGTERM and SIGINT."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        return self.signal is not None
+
+    def outcome(self) -> Stopped:
+        """What the run ends with, once it is saved."""
+        if self.signal == signal.SIGINT:
+            return Interrupted("stopped by SIGINT")
+        return Stopped(f"stopped by {self.signal.name if self.signal else 'another process'}")
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = self.signal or signal.Signals(number)
+
+
+Stopping = Callable[[], bool]
+"""Asked between pieces of long work: True means to give it up."""
+
+
+def never() -> bool:
+    """For work that nobody stops."""
+    return False
