@@ -194,11 +194,12 @@ def load_moments(checkpoint: Path, policy: Any, optimizer: torch.optim.Optimizer
 
 
 def fingerprint(model: Any) -> str:
-    """Of the names, shapes and dtypes of what is trained: two models with the same one can exchange checkpoints."""
+    """Two models with the same one can exchange checkpoints: names, shapes and dtypes of what is trained, and for
+    what is not (under adapters) also what it sums to."""
     text = "\n".join(
         f"{name} {tuple(parameter.shape)} {parameter.dtype}"
+        + ("" if parameter.requires_grad else f" {parameter.detach().double().sum().item():.6e}")
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad
     )
     return hashlib.sha256(f"{type(model).__name__}\n{text}".encode()).hexdigest()
 

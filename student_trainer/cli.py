@@ -12,7 +12,13 @@ import stillhouse
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, or stopped by SIGTERM and saved; 1 failed while running; 2
     refused before it began; 130 stopped by Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes key=value only where it stands right behind the file; behind an option it means the same.
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     try:
         return _dispatch(options)
     except KeyboardInterrupt:

@@ -277,6 +277,7 @@ class RunConfig(ConfigModel):
 MAY_CHANGE = (
     "run_dir",
     "steps",
+    "student.model",
     "student.device",
     "student.gradient_checkpointing",
     "teacher.addresses",
@@ -285,6 +286,8 @@ MAY_CHANGE = (
     "teacher.start_deadline_s",
     "teacher.outage_s",
     "teacher.max_unscored_share",
+    "prompts.path",
+    "evaluation.prompts.path",
     "rollout.batch_size",
     "rollout.vllm",
     "optimizer.micro_batch_tokens",
@@ -296,7 +299,8 @@ MAY_CHANGE = (
     "samples_per_step",
     "metrics_port",
 )
-"""Keys that a resumed run may have otherwise than the run that it goes on with: where and how fast, not what."""
+"""Keys that a resumed run may have otherwise than the run that it goes on with: where and how fast, not what.
+A model and prompts that lie elsewhere are compared with those that the run began with."""
 
 
 def plain_config(config: RunConfig) -> dict[str, Any]:
