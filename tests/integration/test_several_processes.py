@@ -1,6 +1,7 @@
 """The same run with one process and with two, padded and packed, whole and sharded: the same weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
+from stillhouse.errors import ModelRevisionMismatch
 from tests.fakes import FakeServer, child_environment
 from tests.toy import ToyTeacher, write_config
 
@@ -96,3 +99,81 @@ def test_the_same_global_batch_gives_the_same_weights(reference, teacher, tmp_pa
 
 def _first(tmp_path: Path) -> dict[str, torch.Tensor]:
     return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "other" / "student").state_dict()
+
+
+LORA = {"student": {"model": "", "device": "cpu", "lora": {"rank": 4, "alpha": 8.0}}}
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_adapters_train_the_same_and_are_saved_as_adapters(teacher, tmp_path, sharding):
+    runs = []
+    for name, processes in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        student = LORA["student"] | {"model": str(tmp_path / name / "student"), "sharding": sharding}
+        config = write_config(tmp_path / name, teacher.address, steps=2, student=student)
+        done = launch(config, processes)
+        assert done.returncode == 0, done.stderr
+        runs.append(tmp_path / name / "run")
+    checkpoint = runs[0] / "checkpoints" / "step-2"
+    assert (checkpoint / "adapter_config.json").is_file() and not (checkpoint / "model.safetensors").exists()
+    ours, theirs = (load_file(run / "checkpoints" / "step-2" / "adapter_model.safetensors") for run in runs)
+    assert ours.keys() == theirs.keys() and all(".lora_" in name for name in ours)
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < TOLERANCE
+    assert any(tensor.abs().max() > 1e-4 for name, tensor in ours.items() if "lora_B" in name)  # it has learnt
+
+
+def test_a_run_can_go_on_with_another_number_of_processes_if_it_is_allowed(teacher, tmp_path):
+    changes = {"steps": 4, "checkpoints": {"every_steps": 2}, "optimizer": {"learning_rate": 1e-3}}
+    changes["rollout"] = {"prompts_per_step": 4, "answers_per_prompt": 3, "max_new_tokens": 8, "batches_ahead": 1}
+    configs = {}
+    for name in ("one", "several"):
+        (tmp_path / name).mkdir()
+        configs[name] = write_config(tmp_path / name, teacher.address, **changes)
+    done = launch(configs["one"], 1)
+    assert done.returncode == 0, done.stderr
+    several = tmp_path / "several" / "run"
+    done = launch(configs["several"], 2, "student.sharding=fsdp2")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(several / "checkpoints" / "step-4")  # so it goes on from step 2, with answers in flight
+    (several / "summary.json").unlink()
+    done = launch(configs["several"], 1, "--resume", "student.sharding=fsdp2")
+    assert done.returncode == 2 and "was saved by 2 processes, this run has 1" in done.stderr
+    done = launch(configs["several"], 1, "--resume", "student.sharding=fsdp2", "checkpoints.other_world_size=true")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = weights(several, 4), weights(tmp_path / "one" / "run", 4)
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < TOLERANCE
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_mixed_precision_keeps_float32_weights_and_comes_near_full_precision(reference, teacher, tmp_path, processes):
+    run = trained(tmp_path / "mixed", teacher.address, processes, "student.mixed_precision=bf16")
+    assert all(tensor.dtype == torch.float32 for tensor in weights(run).values())
+    ours, theirs = rows(run)[0], rows(reference)[0]
+    assert ours["kl"] == pytest.approx(theirs["kl"], rel=0.05) and ours["loss"] != theirs["loss"]
+    assert ours["sampler_gap"] < 0.02  # bfloat16 has 8 bits
+
+
+def test_what_fails_in_one_process_ends_all_of_them_with_its_reason(teacher, tmp_path):
+    """The verifier breaks on an answer that only one of the two processes gets."""
+    config = write_config(tmp_path, teacher.address, steps=50)
+    override = "prompts.verifier.function=tests.toy:broken_verifier"
+    done = launch(config, 2, override, timeout_s=60)
+    assert done.returncode != 0
+    assert "the sandbox is gone" in done.stderr
+    assert "NCCL" not in done.stderr and "Connection closed by peer" not in done.stderr
+
+
+def test_a_teacher_lost_for_good_ends_all_processes(tmp_path):
+    with FakeServer(ToyTeacher()) as server:
+        config = write_config(tmp_path, server.address, steps=50)
+        server.faults.fail_at(call=40, error=ModelRevisionMismatch("it serves r2 now"))
+        done = launch(config, 2, timeout_s=60)
+    assert done.returncode != 0 and "MODEL_REVISION_MISMATCH: it serves r2 now" in done.stderr
+    assert "of 2 failed: ModelRevisionMismatch" in done.stderr  # what the other one says
+
+
+def test_more_processes_than_prompts_are_refused(teacher, tmp_path):
+    config = write_config(tmp_path, teacher.address)
+    done = launch(config, 2, "rollout.prompts_per_step=1")
+    assert "rollout.prompts_per_step: 1 for 2 processes; each needs at least one prompt" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -69,7 +69,7 @@ def test_a_masked_answer_does_not_matter_even_if_its_loss_is_infinite():
     broken = dataclasses.replace(batch, teacher_logprobs=teacher.index_fill(0, torch.tensor([0]), -torch.inf))
     objective = ObjectiveConfig.model_validate({"divergences": [{"kind": "reverse_kl", "mask": "failed"}]})
     loss = reduce_loss(token_losses(objective, 0, broken, support, policy), broken)
-    whole = reduce_loss(token_losses(objective, 0, batch, support, policy), batch, 1)
+    whole = reduce_loss(token_losses(objective, 0, batch, support, policy), batch)
     assert torch.equal(loss, whole)
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert gradient.isfinite().all() and not gradient[:3].any()

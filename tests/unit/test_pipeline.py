@@ -1,0 +1,110 @@
+"""Which student makes which batch, who waits, and what is left when somebody stops."""
+
+import threading
+import time
+
+import pytest
+
+from student_trainer.experience import InFlight
+from student_trainer.pipeline import Pipeline
+from student_trainer.processes import Processes
+from student_trainer.stopping import Stopped, never
+
+
+class Maker:
+    """Makes batches and notes which student made them."""
+
+    def __init__(self, pause_s: float = 0.0, stop=never) -> None:
+        self.made: list[tuple[int, int]] = []
+        self.threads: set[str] = set()
+        self._pause_s, self._stop = pause_s, stop
+
+    def __call__(self, step: int, student_step: int) -> InFlight:
+        time.sleep(self._pause_s)
+        if self._stop():
+            raise Stopped("half-way")
+        self.made.append((step, student_step))
+        self.threads.add(threading.current_thread().name)
+        return InFlight(step, student_step, [])
+
+
+def _pipeline(maker: Maker, ahead: int, steps: int = 6, background: bool = False, stop=never, restored=()) -> Pipeline:
+    return Pipeline(
+        maker,
+        ahead=ahead,
+        steps=steps,
+        in_background=background,
+        processes=Processes(),
+        stop=stop,
+        restored=list(restored),
+    )
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(
+    ("ahead", "made"),
+    [
+        (0, [(0, 0), (1, 1), (2, 2), (3, 3)]),
+        (1, [(0, 0), (1, 0), (2, 1), (3, 2)]),
+        (2, [(0, 0), (1, 0), (2, 0), (3, 1)]),
+        (9, [(0, 0), (1, 0), (2, 0), (3, 0)]),
+    ],
+)
+def test_a_batch_is_as_old_as_it_may_be_and_no_older(ahead, made, background):
+    maker = Maker()
+    pipeline = _pipeline(maker, ahead, steps=4, background=background)
+    for step in range(4):
+        pipeline.fill(step)
+        assert pipeline.take(step).step == step
+        pipeline.settle()
+        pipeline.drop(step)
+    pipeline.close()
+    assert maker.made == made
+    assert maker.threads == ({"rollouts_0"} if background else {"MainThread"})
+
+
+def test_a_resumed_pipeline_makes_what_an_undisturbed_one_makes():
+    maker = Maker()
+    pipeline = _pipeline(maker, 2)
+    for step in range(3):
+        pipeline.fill(step)
+        pipeline.take(step)
+        pipeline.drop(step)
+    left = pipeline.whole()
+    assert [(batch.step, batch.student_step) for batch in left] == [(3, 1), (4, 2)]
+    again = Maker()
+    resumed = _pipeline(again, 2, restored=left)
+    resumed.fill(3)
+    assert again.made == [(5, 3)] and resumed.take(3) is left[0]
+
+
+def test_in_the_background_the_trainer_waits_only_for_the_batch_whose_turn_it_is():
+    pipeline = _pipeline(Maker(pause_s=0.3), 1, background=True)
+    pipeline.fill(0)
+    start_s = time.monotonic()
+    pipeline.take(0)
+    assert time.monotonic() - start_s < 0.5  # batch 1 is still being made
+    pipeline.settle()
+    assert 0.5 < pipeline.waited_s < 0.9
+    pipeline.close()
+
+
+def test_a_stop_leaves_the_batches_that_were_finished():
+    asked = threading.Event()
+    maker = Maker(stop=lambda: len(maker.made) >= 2)
+    pipeline = _pipeline(maker, 3, stop=asked.is_set)
+    asked.set()
+    with pytest.raises(Stopped):
+        pipeline.fill(0)
+    assert [batch.step for batch in pipeline.whole()] == [0, 1]
+
+
+def test_an_error_while_generating_in_the_background_is_raised_when_its_batch_is_taken():
+    def broken(step: int, student_step: int) -> InFlight:
+        raise RuntimeError("the engine is gone")
+
+    pipeline = _pipeline(broken, 1, background=True)  # pyright: ignore
+    pipeline.fill(0)
+    with pytest.raises(RuntimeError, match="the engine is gone"):
+        pipeline.take(0)
+    pipeline.close()
