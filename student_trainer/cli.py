@@ -12,6 +12,8 @@ import stillhouse
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, or stopped by SIGTERM and saved; 1 failed while running; 2
     refused before it began; 130 stopped by Ctrl-C."""
+    # Threads that wait leave their cores to the other processes; set before torch reads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes key=value only where it stands right behind the file; behind an option it means the same.

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import sys
 import time
@@ -81,6 +82,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> dict[str,
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         device = resolve_device(config.student.device)
+        _check_trackers(config)
         with _refusing("student: "):
             accelerator = make_accelerator(config, device, config.run_dir)
         if accelerator.num_processes > 1:
@@ -258,6 +260,12 @@ def _run(
     if processes.is_main:
         run_dir.summary(summary)
     return summary
+
+
+def _check_trackers(config: RunConfig) -> None:
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"trackers: {name} is not installed; pip install {name}, or leave it out")
 
 
 def _check_resumed(config: RunConfig, checkpoint: Path, found: dict[str, Any], processes: Processes) -> None:

@@ -1,5 +1,6 @@
 """Figures of a step: the same from one process or several, one micro-batch or many, against plain numpy."""
 
+import itertools
 import json
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_several_meters_together_say_what_one_says():
     assert one["least"] == values.min() and one["most"] == values.max()
     assert one["spread_p95"] == pytest.approx(np.quantile(values.numpy(), 0.95))
     edges = [*POSITION_EDGES, 10**9]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         inside = (positions >= low) & (positions < high)
         assert one[f"at_from_{low}"] == pytest.approx(values[inside].double().mean().item())
 
