@@ -132,11 +132,13 @@ def finish(
     paced: Paced | None,
     at_step: int,
     stop: Stopping = never,
+    commit: Callable[[], bool] = lambda: True,
 ) -> Experience:
     """Samples with rewards, group advantages, prompt weights and (if there is a teacher) scores. A meeting.
 
     `pass_rates` is updated with the groups of the whole step first, so the weights are of the student as it is now.
-    Raises Stopped on every process if one was asked to stop, before anything was updated.
+    Raises Stopped on every process if one was asked to stop, before anything was updated. commit: asked once the
+    scores are there; if it says False anywhere, that is a stop too.
     """
     mark_s = time.monotonic()
     scored: list[tuple[Judged, Scores | None]] = [(judged, None) for judged in batch.answers]
@@ -152,7 +154,7 @@ def finish(
             reasons = [result for result in results if isinstance(result, StillhouseError)]
             pairs = zip(batch.answers, results, strict=True) if not stopped else []
             scored = [(judged, result) for judged, result in pairs if isinstance(result, Scores)]
-    if processes.any(stopped or stop()):
+    if processes.any(stopped or not commit()):
         raise Stopped("asked to stop while waiting for scores")
     scoring_s = time.monotonic() - mark_s
     with processes.together():

@@ -36,7 +36,7 @@ from student_trainer.reduction import token_weights
 from student_trainer.run_dir import RunDir
 from student_trainer.sampler import Sampler, eos_ids
 from student_trainer.scoring import Scorer
-from student_trainer.stopping import Stopped, StopRequest
+from student_trainer.stopping import Stopped, Stopping, StopRequest
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ def fit(parts: Parts, state: RunState, restored: list[InFlight]) -> str | None:
     """
     config = parts.config
     pipeline = Pipeline(
-        lambda step, student_step: _begin(parts, step, student_step),
+        lambda step, student_step: _begin(parts, step, student_step, pipeline.stopping),
         ahead=config.rollout.batches_ahead,
         steps=config.steps,
         in_background=parts.sampler.owns_weights and config.rollout.batches_ahead > 0,
@@ -142,6 +142,7 @@ def _step(parts: Parts, state: RunState, pipeline: Pipeline) -> None:
         paced=config.objective.prompt_weights,
         at_step=step,
         stop=parts.stop,
+        commit=pipeline.commit,
     )
     row = {"step": step + 1} | train_step(parts, experience, step) | figures
     # Now that something was learnt the step is made, whatever is asked: a stop is seen after it.
@@ -310,7 +311,7 @@ def _apply(parts: Parts, step: int) -> float:
     return norm
 
 
-def _begin(parts: Parts, step: int, student_step: int) -> InFlight:
+def _begin(parts: Parts, step: int, student_step: int, stop: Stopping) -> InFlight:
     config, processes = parts.config, parts.processes
     prompts = parts.order.batch(step, config.rollout.prompts_per_step)
     mine = range(processes.rank, len(prompts), processes.count)
@@ -324,7 +325,7 @@ def _begin(parts: Parts, step: int, student_step: int) -> InFlight:
         judge=parts.judge,
         scorer=parts.scorer,
         seed=_seed(config.seed, step),
-        stop=parts.stop,
+        stop=stop,
     )
 
 

@@ -52,6 +52,10 @@ class Sampler(Protocol):
         ...
 
 
+class SamplerLost(RuntimeError):
+    """The processes of a sampler that has its own are gone; nothing more can be sampled with it."""
+
+
 def stream_seed(seed: int, prompt: Prompt, answer: int) -> list[int]:
     """Entropy for the random numbers of one answer: another list for every (seed, prompt, answer)."""
     return [seed, int.from_bytes(hashlib.sha256(prompt.key.encode()).digest()[:8], "big"), answer]

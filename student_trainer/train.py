@@ -38,6 +38,7 @@ from student_trainer.evaluate import describe as describe_result
 from student_trainer.evaluate import evaluate
 from student_trainer.experience import InFlight, Judge
 from student_trainer.guards import BestSoFar, Guards
+from student_trainer.handover import HandOver
 from student_trainer.in_flight import read_batches, restore_random_state
 from student_trainer.loop import Parts, RunState, fit
 from student_trainer.metrics import Exporter
@@ -55,7 +56,7 @@ from student_trainer.policy import (
 from student_trainer.processes import Processes
 from student_trainer.prompts import Prompt, PromptOrder, PromptsConfig, load_prompts
 from student_trainer.run_dir import Claim, RunDir
-from student_trainer.sampler import Sampler, TransformersSampler
+from student_trainer.sampler import Sampler, TransformersSampler, eos_ids
 from student_trainer.scoring import Scorer, check_lengths, connect
 from student_trainer.stopping import Stopped, StopRequest
 from student_trainer.verifiers import build_verifier
@@ -160,8 +161,21 @@ def _run(
     set_seed(config.seed, device_specific=True)  # what is random while training (dropout) differs by process
     candidates = config.teacher.candidates if scorer and config.teacher else 0
     with processes.together():
-        sampler = _sampler(config, student.model, tokenizer, accelerator, policy, size=size, candidates=candidates)
+        sampler = _sampler(
+            config,
+            student.model,
+            tokenizer,
+            accelerator,
+            policy,
+            size=size,
+            candidates=candidates,
+            directory=checkpoint if checkpoint and config.student.lora is None else config.student.model,
+            longest=_longest(problems.prompts + (held_out.prompts if held_out else [])),
+        )
         stack.callback(sampler.close)
+        hand_over = _nothing_to_hand_over
+        if sampler.owns_weights:
+            hand_over = HandOver(sampler, policy, model, problems.prompts[0], config.rollout.temperature)
         exporter = None
         if processes.is_main and config.metrics_port is not None:
             exporter = _exporter(config.metrics_port)
@@ -220,7 +234,7 @@ def _run(
         model=model,
         tokenizer=tokenizer,
         sampler=sampler,
-        hand_over=lambda step: {},
+        hand_over=hand_over,
         scorer=scorer,
         judge=problems.judge,
         pass_threshold=problems.pass_threshold,
@@ -246,7 +260,7 @@ def _run(
     if assess:
         parts.hand_over(state.step)
         summary["after"] = assess(state.step)
-        if state.best.step is not None and ended is None:
+        if config.evaluation and state.best.step is not None and ended is None:
             state.best.note(state.step, summary["after"][f"pass@{config.evaluation.k[0]}"])
     summary["checkpoint"] = str(config.run_dir / "checkpoints" / f"step-{state.step}")
     if state.best.step is not None:
@@ -260,6 +274,10 @@ def _run(
     if processes.is_main:
         run_dir.summary(summary)
     return summary
+
+
+def _nothing_to_hand_over(step: int) -> dict[str, float]:
+    return {}
 
 
 def _check_trackers(config: RunConfig) -> None:
@@ -361,8 +379,40 @@ def _numbers(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _sampler(
-    config: RunConfig, model: Any, tokenizer: Any, accelerator: Accelerator, policy: Any, *, size: int, candidates: int
+    config: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    accelerator: Accelerator,
+    policy: Any,
+    *,
+    size: int,
+    candidates: int,
+    directory: Path,
+    longest: int,
 ) -> Sampler:
+    """The rollout engine of this process. directory: of the weights that one with its own starts with. longest: of
+    all prompts, tokens."""
+    if config.rollout.engine == "vllm":
+        try:
+            from student_trainer.vllm_sampler import VllmOptions, VllmSampler
+        except ImportError as error:
+            raise ConfigError(
+                f"rollout.engine: vllm cannot be imported here ({error}); pip install 'stillhouse[student,vllm]', or "
+                "set it to transformers"
+            ) from error
+        half = config.student.mixed_precision == "bf16" or config.student.dtype == "bfloat16"
+        return VllmSampler(
+            directory,
+            tokenizer,
+            config.rollout,
+            eos_ids=eos_ids(model, tokenizer),
+            vocabulary_size=size,
+            candidates=candidates,
+            dtype="bfloat16" if half else "float32",
+            max_sequence_tokens=longest + config.rollout.max_new_tokens,
+            options=VllmOptions(**config.rollout.vllm.model_dump()),
+        )
+
     @contextlib.contextmanager
     def generating() -> Generator[None]:
         with whole_for_generation(policy), accelerator.autocast():

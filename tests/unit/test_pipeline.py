@@ -99,6 +99,31 @@ def test_a_stop_leaves_the_batches_that_were_finished():
     assert [batch.step for batch in pipeline.whole()] == [0, 1]
 
 
+@pytest.mark.parametrize("commits", [True, False])
+def test_what_is_being_made_when_a_step_is_learnt_is_finished_and_otherwise_given_up(commits):
+    """A batch of an older student could not be made again once the student has moved on."""
+    asked = threading.Event()
+
+    def slow(step: int, student_step: int) -> InFlight:
+        for _ in range(10):
+            time.sleep(0.02)
+            if pipeline.stopping():
+                raise Stopped("half-way")
+        return InFlight(step, student_step, [])
+
+    pipeline = _pipeline(slow, 1, background=True, stop=asked.is_set)  # pyright: ignore
+    pipeline.fill(0)
+    pipeline.take(0)
+    if commits:
+        assert pipeline.commit()
+    asked.set()
+    with pytest.raises(Stopped):
+        pipeline.settle()
+    assert pipeline.commit() is False
+    assert [batch.step for batch in pipeline.whole()] == ([0, 1] if commits else [0])
+    pipeline.close()
+
+
 def test_an_error_while_generating_in_the_background_is_raised_when_its_batch_is_taken():
     def broken(step: int, student_step: int) -> InFlight:
         raise RuntimeError("the engine is gone")
