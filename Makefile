@@ -50,8 +50,10 @@ lint: deps ## style of the code
 types: deps ## types of the code
 	node_modules/.bin/pyright --warnings
 
-bench: deps ## measure the student's head and the vLLM teacher against their peers (an hour)
-	$(BIN)/python -m benchmarks.gathered_logprobs
+bench: deps ## measure the student's step, the loop and the vLLM teacher against their peers (an hour and a half)
+	$(BIN)/python -m benchmarks.student_step
+	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.teacher_throughput
 
 protos: ## write the generated code of the contract anew

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from student_trainer.config import ConfigError
-from student_trainer.parallel import whole_weights
+from student_trainer.parallel import sharded_modules, whole_weights
 from student_trainer.processes import Processes
 
 FORMAT = 1
@@ -86,16 +86,20 @@ class Checkpoints:
                 (partial / "state").mkdir(parents=True)
         with self._processes.together():
             write_process(partial / "state" / f"process-{self._processes.rank}.npz")
-            weights = whole_weights(policy, model)
-            moments = _staged(policy, optimizer)
+            sharded = bool(sharded_modules(policy))
+            # Every process has all of a model that is not sharded: one copy is enough.
+            writes = sharded or self._processes.is_main
+            weights = whole_weights(policy, model) if writes else {}
+            moments = _staged(policy, optimizer) if writes else {}
 
         def write() -> None:
-            save(
-                moments,
-                checkpoint_id=partial / "state" / "optimizer",
-                process_group=self._processes.background_group,
-                no_dist=self._processes.count == 1,
-            )
+            if writes:
+                save(
+                    moments,
+                    checkpoint_id=partial / "state" / "optimizer",
+                    process_group=self._processes.background_group if sharded else None,
+                    no_dist=not sharded,
+                )
             if self._processes.is_main:
                 model.save_pretrained(partial, state_dict=weights)
                 tokenizer.save_pretrained(partial)
@@ -182,13 +186,14 @@ def read_trainer(checkpoint: Path) -> dict[str, Any]:
 
 def load_moments(checkpoint: Path, policy: Any, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
     """The optimiser's state of a checkpoint into `optimizer`. A meeting."""
+    sharded = bool(sharded_modules(policy))
     whole = get_optimizer_state_dict(policy, optimizer)
     with processes.together():
         load(
             whole["state"],  # pyright: ignore[reportArgumentType]
             checkpoint_id=checkpoint / "state" / "optimizer",
-            process_group=processes.background_group,
-            no_dist=processes.count == 1,
+            process_group=processes.background_group if sharded else None,
+            no_dist=not sharded,
         )
     set_optimizer_state_dict(policy, optimizer, whole)
 

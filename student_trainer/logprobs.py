@@ -3,6 +3,9 @@
 The logits are  z = softcap * tanh(scale * (h W^T + b) / softcap) / temperature,  softcap=None: without tanh.
 The softmax runs over the rows of ``weight``: whoever pads the vocabulary passes ``weight[:vocab_size]``.
 
+A weight that is sharded over processes (a DTensor) comes together for the walk and gets its gradient back in shards,
+summed over the processes, each of which has hidden states of its own.
+
 Arithmetic is float32 (float64 if an input is float64) whatever the dtype of the inputs, and gradients come back in
 the dtype of their input. All values are nats. How it is done, and what it costs: `student_trainer.vocabulary_walk`.
 """
@@ -12,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
 from student_trainer.vocabulary_walk import Head, VocabularyWalk
 
@@ -52,6 +56,7 @@ def gathered_logprobs(
         ValueError: an argument has the wrong shape, dtype or range (the message names it).
     """
     head = Head(scale, softcap, temperature, slice_size)
+    weight, bias = _whole(weight), None if bias is None else _whole(bias)
     _check(hidden, weight, ids, bias, None, head)
     logprobs, entropy, _ = VocabularyWalk.apply(hidden, weight, bias, ids, None, head)
     return Gathered(logprobs, entropy)
@@ -84,10 +89,18 @@ def support_logprobs(
         ValueError: an argument has the wrong shape, dtype or range, or a row holds an id twice.
     """
     head = Head(scale, softcap, temperature, slice_size)
+    weight, bias = _whole(weight), None if bias is None else _whole(bias)
     if present is None:
         present = torch.ones_like(ids, dtype=torch.bool)
     _check(hidden, weight, ids, bias, present, head)
     return Support(*VocabularyWalk.apply(hidden, weight, bias, ids, present, head))
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """All of a sharded parameter; its gradient is summed over processes, which have rows of their own."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
 
 
 def _check(

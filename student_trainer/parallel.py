@@ -81,8 +81,8 @@ def whole_for_generation(policy: nn.Module) -> Generator[None]:
 def whole_weights(policy: nn.Module, model: Any) -> dict[str, Tensor]:
     """What `model.save_pretrained` needs, whole and copied to the CPU. A meeting if the model is sharded.
 
-    Of a model with adapters only these. In the main process of a sharded model or in every one of another;
-    empty elsewhere. Tied weights are one tensor under all their names.
+    Of a model with adapters only these. Of a sharded model in the main process only. Tied weights are one tensor
+    under all their names.
     """
     adapted = hasattr(model, "peft_config")
     if sharded_modules(policy):

@@ -138,12 +138,13 @@ def test_ctrl_c_saves_too_and_says_so_by_its_exit_status(teacher, tmp_path):
     assert process.returncode == 130 and "stopped by SIGINT: saved" in error
 
 
-def test_two_processes_stop_together_and_resume_to_the_same_weights(teacher, tmp_path):
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_two_processes_stop_together_and_resume_to_the_same_weights(teacher, tmp_path, sharding):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
     def start(config: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*launcher, "-m", "student_trainer.cli", "train", str(config), "--resume", "student.sharding=fsdp2"],
+            [*launcher, "-m", "student_trainer.cli", "train", str(config), "--resume", f"student.sharding={sharding}"],
             cwd=ROOT,
             env=child_environment() | {"OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,

@@ -142,6 +142,67 @@ def test_the_slice_size_changes_nothing(slice_size, dtype):
     torch.testing.assert_close(*results, rtol=0, atol=10 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("block_rows", [1, 4, 32])
+@pytest.mark.parametrize("head", ["plain", "everything"])
+def test_rows_that_do_not_fit_one_tile_are_equal_to_the_full_vocabulary(monkeypatch, head, block_rows, dtype):
+    monkeypatch.setattr(vocabulary_walk, "_BLOCK_ROWS", block_rows)
+    check_against_oracle(make(33, 97, 9, dtype), HEADS[head], 40)
+
+
+def test_an_id_that_occurs_twice_is_named_by_its_row_in_any_tile(monkeypatch):
+    monkeypatch.setattr(vocabulary_walk, "_BLOCK_ROWS", 2)
+    hidden, weight, _, _, _ = make(7, 97, 3)
+    ids = torch.arange(3).repeat(7, 1)
+    ids[5] = torch.tensor([96, 4, 96])
+    with pytest.raises(ValueError, match="ids: row 5 holds id 96 twice"):
+        support_logprobs(hidden, weight, ids, slice_size=10)
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16_products", "float32_products"])
+@pytest.mark.parametrize("block_rows", [64, 1024])
+@pytest.mark.parametrize("head", ["plain", "everything"])
+def test_bfloat16_is_as_exact_as_float32_in_values_and_as_autograd_in_gradients(monkeypatch, head, block_rows, narrow):
+    """Realistic widths, so that rounding averages as it does in a model; the inputs are exact bfloat16."""
+    monkeypatch.setattr(vocabulary_walk, "_CPU_BFLOAT16", narrow)
+    monkeypatch.setattr(vocabulary_walk, "_BLOCK_ROWS", block_rows)
+    hidden, weight, bias, _, _ = make(200, 1500, 9, torch.bfloat16, dim=128)
+    weight, settings = (weight.float() / 128**0.5).to(torch.bfloat16), HEADS[head]
+    ids = torch.randint(1500 // 9, (200, 1)) * 9 + torch.arange(9)
+    present = torch.ones_like(ids, dtype=torch.bool)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    out = support_logprobs(hidden, weight, ids, present=present, bias=bias, slice_size=400, **settings)
+    h, w, b = arrays(*leaves)
+    z = oracles.logits(h, w, b, **settings)
+    for actual, wanted in zip(out, oracles.scores(z, ids.numpy(), present.numpy()), strict=True):
+        np.testing.assert_allclose(actual.detach().double().numpy(), wanted, rtol=0, atol=1e-5)
+
+    cotangents = upstream(*(x.shape for x in out))
+    grads = torch.autograd.grad(out, leaves, cotangents)
+    wanted = oracles.head_gradients(
+        oracles.scores_gradient(z, ids.numpy(), present.numpy(), *arrays(*cotangents)), h, w, b, **settings
+    )
+    plain = torch.autograd.grad(_by_autograd(hidden, weight, bias, ids, **settings), leaves, cotangents)
+
+    def error(actual, expected):
+        return np.linalg.norm(actual.double().numpy() - expected) / np.linalg.norm(expected)
+
+    for ours, theirs, expected in zip(grads, plain, wanted, strict=True):
+        assert error(ours, expected) <= 3e-3
+        assert error(ours, expected) <= error(theirs, expected)
+
+
+def _by_autograd(hidden, weight, bias, ids, scale=1.0, softcap=None, temperature=1.0):
+    """Values of a bfloat16 head whose logits are made whole and widened to float32."""
+    z = torch.nn.functional.linear(hidden, weight, bias).float() * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    logprobs = (z / temperature).log_softmax(1)
+    outside = torch.ones_like(z, dtype=torch.bool).scatter(1, ids, False)
+    tail = logprobs.masked_fill(~outside, -math.inf).logsumexp(1)
+    return logprobs.gather(1, ids), -(logprobs.exp() * logprobs).sum(1), tail
+
+
 @pytest.mark.parametrize("slice_size", [4, None])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_no_tokens_give_empty_results_and_zero_gradients(dtype, slice_size):
@@ -306,7 +367,9 @@ def test_a_nan_in_the_model_is_not_hidden():
     assert bool(out.entropy[[0, 1, 2, 4, 5, 6]].isfinite().all())
 
 
-def test_autocast_does_not_lower_the_precision():
+@pytest.mark.parametrize("onednn", [True, False])
+def test_autocast_does_not_lower_the_precision(monkeypatch, onednn):
+    monkeypatch.setattr(vocabulary_walk, "_ONEDNN", onednn and vocabulary_walk._ONEDNN)
     hidden, weight, bias, ids, present = make(7, 97, 9, torch.float32)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     results = []
@@ -320,8 +383,9 @@ def test_autocast_does_not_lower_the_precision():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_both_ways_to_multiply_agree(monkeypatch, dtype):
-    """Where there is no oneDNN, torch.mm does it all."""
+    """Where there is no oneDNN, torch.mm does it all, in float32."""
     monkeypatch.setattr(vocabulary_walk, "_ONEDNN", False)
+    monkeypatch.setattr(vocabulary_walk, "_CPU_BFLOAT16", False)
     check_against_oracle(make(33, 97, 9, dtype), HEADS["everything"], 40)
 
 
@@ -349,8 +413,8 @@ def test_nothing_as_large_as_the_logits_or_a_widened_head_is_ever_made(dtype):
         out = support_logprobs(hidden, weight, ids, present=present, bias=bias, slice_size=200, softcap=9.0, scale=0.5)
         torch.autograd.grad(out, leaves, upstream(*(x.shape for x in out)))
     d_weight = v * d * weight.element_size()
-    buffers = 3 * t * 200 * 4  # the backward pass with soft-cap and entropy; they share a storage
-    assert largest.bytes == max(d_weight, buffers) < v * min(t, 2 * d) * 4
+    assert d_weight <= largest.bytes < v * min(t, 2 * d) * 4
+    assert largest.bytes == max(d_weight, t * 200 * 4)  # a tile
 
 
 @pytest.mark.parametrize(
@@ -380,25 +444,3 @@ def test_a_wrong_argument_is_named(change, message):
     arguments["present"] = change.get("present", torch.ones(arguments["ids"].shape, dtype=torch.bool))
     with pytest.raises(ValueError, match=message):
         support_logprobs(**arguments)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_gpu_agrees_with_the_cpu(dtype):
-    hidden, weight, bias, ids, present = make(33, 1000, 64, dtype)
-    results = []
-    for device in ("cpu", "cuda"):
-        leaves = [x.detach().to(device).requires_grad_() for x in (hidden, weight, bias)]
-        out = support_logprobs(
-            leaves[0],
-            leaves[1],
-            ids.to(device),
-            present=present.to(device),
-            bias=leaves[2],
-            softcap=5.0,
-            slice_size=300,
-        )
-        cotangents = [x.to(device) for x in upstream(*(x.shape for x in out), dtype=out.logprobs.dtype)]
-        results.append([x.cpu() for x in (*out, *torch.autograd.grad(out, leaves, cotangents))])
-    torch.testing.assert_close(*results, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
