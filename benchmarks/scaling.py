@@ -23,18 +23,24 @@ import numpy as np
 from benchmarks import toy_runs
 
 GROWTH = {
-    "T": [128, 256, 512, 1024],
+    "T": [64, 128, 256, 512],
     "G": [4, 8, 16, 32],
-    "k": [4, 8, 16, 24],  # of a vocabulary of 30
+    "k": [2, 4, 8, 16],  # of a vocabulary of 19
 }
 
 
 def main() -> None:
     options = _parse()
+    result: dict[str, Any] = {
+        "machine": {"cores": os.cpu_count()},
+        "options": vars(options),
+        "processes": [],
+        "growth": {},
+        "exponents": {},
+    }
     with tempfile.TemporaryDirectory() as temporary, toy_runs.teacher() as teacher:
         folder = Path(temporary)
         student = toy_runs.student(folder / "student", hidden_size=256, layers=4)
-        processes = []
         for count, threads in ((1, 1), (1, 2), (2, 1)):
             print(f"{count} processes of {threads} threads ...", file=sys.stderr, flush=True)
             shape = {"max_new_tokens": 256, "answers_per_prompt": 8}
@@ -42,23 +48,14 @@ def main() -> None:
                 folder / f"p{count}t{threads}", student, teacher.address, steps=options.steps, rollout=shape
             )
             found = _means(toy_runs.run(config, processes=count, threads=threads))
-            processes.append({"processes": count, "threads": threads} | found)
-        growth = {
-            name: [_grown(folder, student, teacher.address, options, name, size) for size in sizes]
-            for name, sizes in GROWTH.items()
-        }
-    exponents = {
-        name: {part: _exponent(points, part) for part in ("step_s", "training_s", "rollout_s")}
-        for name, points in growth.items()
-    }
-    result = {
-        "machine": {"cores": os.cpu_count()},
-        "options": vars(options),
-        "processes": processes,
-        "growth": growth,
-        "exponents": exponents,
-    }
-    toy_runs.write("scaling", result)
+            result["processes"].append({"processes": count, "threads": threads} | found)
+        for name, sizes in GROWTH.items():
+            points = [_grown(folder, student, teacher.address, options, name, size) for size in sizes]
+            result["growth"][name] = points
+            result["exponents"][name] = {
+                part: _exponent(points, part) for part in ("step_s", "training_s", "rollout_s")
+            }
+            toy_runs.write("scaling", result)  # what there is stays if the next one fails
     print(_table(result))
 
 

@@ -112,6 +112,7 @@ def _failed(error: Exception) -> int:
     from stillhouse.errors import StillhouseError
     from student_trainer.guards import Runaway
     from student_trainer.handover import WrongWeights
+    from student_trainer.memory import DoesNotFit
     from student_trainer.objective import NonFiniteLoss
     from student_trainer.processes import PeerFailed
     from student_trainer.sampler import SamplerLost
@@ -125,7 +126,9 @@ def _failed(error: Exception) -> int:
         if _is_main():
             print(f"student-trainer: {error}: saved, --resume goes on from here", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 0
-    if isinstance(error, NonFiniteLoss | Runaway | VerifierError | PeerFailed | SamplerLost | WrongWeights):
+    if isinstance(
+        error, DoesNotFit | NonFiniteLoss | Runaway | VerifierError | PeerFailed | SamplerLost | WrongWeights
+    ):
         print(f"student-trainer: {error}", file=sys.stderr)
         return 1
     raise error

@@ -144,11 +144,12 @@ def _observe_teacher(meter: TokenMeter, batch: Batch, support: Support) -> None:
     student = support.logprobs.gather(1, batch.target_column[:, None]).squeeze(1)
     log_ratio = student - batch.teacher_sampled
     meter.add("kl", log_ratio)  # sampled reverse KL, k1
-    meter.add_by_position("kl", log_ratio, batch.positions)
     meter.spread("teacher_advantage", -log_ratio)
     sides = (support.logprobs, batch.teacher_logprobs, support.log_tail, batch.teacher_log_tail)
-    meter.add("reverse_kl", reverse_kl(*sides))
-    meter.add("forward_kl", forward_kl(*sides))
+    for name, divergence in (("reverse_kl", reverse_kl), ("forward_kl", forward_kl)):
+        values = divergence(*sides)
+        meter.add(name, values)
+        meter.add_by_position(name, values, batch.positions)
     meter.add("teacher_entropy", batch.teacher_entropy)
     meter.add("entropy_gap", support.entropy - batch.teacher_entropy)
     for name, log_tail in (("teacher", batch.teacher_log_tail), ("student", support.log_tail)):

@@ -19,7 +19,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from student_trainer.config import RunConfig
@@ -37,6 +37,11 @@ def make_accelerator(config: RunConfig, device: torch.device, project_dir: Path)
             reshard_after_forward=True,
             cpu_ram_efficient_loading=False,  # every process has read the model, as each reads a checkpoint
             activation_checkpointing=False,  # transformers' own, by student.gradient_checkpointing
+            # Products in half precision; gradients are summed in float32, and log-probabilities stay what they are.
+            mixed_precision_policy=MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16 if config.student.mixed_precision == "bf16" else None,
+                reduce_dtype=torch.float32,
+            ),
         )
     return Accelerator(
         # accelerate places and scales; it must not choose another device than the configuration does.

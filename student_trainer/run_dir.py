@@ -14,7 +14,7 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from student_trainer.batch import Sample
 from student_trainer.config import ConfigError, RunConfig, dump_config
@@ -28,14 +28,21 @@ class RunDir:
     With several processes only the main one has files (`writes`); what the others append goes nowhere.
     """
 
-    def __init__(self, config: RunConfig, *, writes: bool = True, after_step: int = 0) -> None:
-        """after_step: the step that the run goes on from; what older attempts wrote of later steps is removed."""
+    def __init__(self, config: RunConfig, *, writes: bool = True) -> None:
         self.path = config.run_dir
-        self._samples_per_step = config.samples_per_step
-        self._metrics = self._samples = None
-        if not writes:
+        self._config = config
+        self._writes = writes
+        self._metrics: TextIO | None = None
+        self._samples: TextIO | None = None
+
+    def begin(self, *, after_step: int = 0) -> None:
+        """Writes the configuration and opens the files. after_step: the step that the run goes on from; what older
+        attempts wrote of later steps is removed."""
+        if not self._writes:
             return
-        (self.path / "config.yaml").write_text(dump_config(config))
+        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(dump_config(self._config))
+        (self.path / "summary.json").unlink(missing_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _cut_after(self.path / name, after_step)
         self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
@@ -50,12 +57,13 @@ class RunDir:
         """Lines of samples.jsonl for the first `samples_per_step`; `student_logprobs` runs along `samples`."""
         if self._samples is None:
             return
-        for sample, logprobs in list(zip(samples, student_logprobs, strict=True))[: self._samples_per_step]:
+        for sample, logprobs in list(zip(samples, student_logprobs, strict=True))[: self._config.samples_per_step]:
             self._samples.write(json.dumps(_sample_row(step, sample, logprobs)) + "\n")
 
     def summary(self, content: dict[str, Any]) -> None:
         """Writes summary.json, whole or not at all."""
-        write_json(self.path / "summary.json", content)
+        if self._writes:
+            write_json(self.path / "summary.json", content)
 
     def close(self) -> None:
         """Closes the files."""
@@ -74,7 +82,11 @@ class Claim:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run_dir: {path} is a file; choose a directory")
         self._path, self._made = path, not path.exists()
-        holds = path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir())
+        # What a start leaves that was killed before it wrote anything is no run.
+        holds = path.is_dir() and any(
+            entry.name != _LOCK and not (entry.name == "checkpoints" and entry.is_dir() and not any(entry.iterdir()))
+            for entry in path.iterdir()
+        )
         if holds and not resume:
             hint = "go on with it by --resume, or " if (path / "config.yaml").is_file() else ""
             raise ConfigError(f"run_dir: {path} is not empty; {hint}choose another directory or remove it")

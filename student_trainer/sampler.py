@@ -8,7 +8,9 @@ between two tokens).
 
 import contextlib
 import hashlib
+import queue
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -27,8 +29,11 @@ from transformers import (
 
 from student_trainer.batch import Rollout
 from student_trainer.config import RolloutConfig
+from student_trainer.memory import DoesNotFit, is_out_of_memory
 from student_trainer.prompts import Prompt
 from student_trainer.stopping import Stopping, never
+
+_LOOK_EVERY = 16  # tokens
 
 
 class Sampler(Protocol):
@@ -76,29 +81,50 @@ class _Drawer(LogitsProcessor):
         self._vocabulary_size = vocabulary_size
         self._temperature = temperature
         self._nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
-        self._candidates = candidates
-        self.logprobs: list[Tensor] = []  # a step: [B]
-        self.candidate_ids: list[Tensor] = []  # a step: [B, M]
+        self.drawn = 0  # tokens of each answer so far
+        self.logprobs = uniforms.new_empty(uniforms.shape, dtype=torch.float32)  # [B, T]
+        self.candidate_ids = uniforms.new_empty((*uniforms.shape, candidates), dtype=torch.int32)  # [B, T, M]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         whole = torch.log_softmax(scores[:, : self._vocabulary_size].float() / self._temperature, dim=-1)
-        self.candidate_ids.append(whole.topk(self._candidates, dim=-1).indices.to(torch.int32))
         drawn_from = whole if self._nucleus is None else self._nucleus(input_ids, whole)  # pyright: ignore
         # In float64: the distribution function of a large vocabulary has steps that float32 would swallow.
         cumulative = drawn_from.double().exp().cumsum(-1)
-        wanted = self._uniforms[:, len(self.logprobs), None] * cumulative[:, -1:]
+        wanted = self._uniforms[:, self.drawn, None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=self._vocabulary_size - 1)
-        self.logprobs.append(whole.gather(1, drawn).squeeze(1))
+        self.logprobs[:, self.drawn] = whole.gather(1, drawn).squeeze(1)
+        self.candidate_ids[:, self.drawn] = whole.topk(self.candidate_ids.shape[2], dim=-1).indices.to(torch.int32)
+        self.drawn += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
-class _GiveUp(StoppingCriteria):
-    """Ends all answers where they are once somebody asks to stop; they are thrown away."""
+class _Ended(StoppingCriteria):
+    """Notices answers that have ended while others go on, and ends all of them once somebody asks to stop.
 
-    def __init__(self, stop: Stopping) -> None:
+    report(rows, tokens): called with the answers that newly ended and the responses so far [B, t]. Looks every few
+    tokens only, because looking makes the host wait for the device.
+    """
+
+    def __init__(
+        self, eos_ids: set[int], prompt_width: int, stop: Stopping, report: Callable[[list[int], Tensor], None]
+    ) -> None:
+        self._eos_ids = sorted(eos_ids)
+        self._prompt_width = prompt_width
         self._stop = stop
+        self._report = report
+        self._looked_at = 0
+        self._ended: set[int] = set()
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        response = input_ids[:, self._prompt_width :]
+        if response.shape[1] - self._looked_at >= _LOOK_EVERY:
+            new = response[:, self._looked_at :]
+            found = torch.isin(new, torch.tensor(self._eos_ids, device=new.device)).any(1).nonzero()[:, 0].tolist()
+            self._looked_at = response.shape[1]
+            rows = [row for row in found if row not in self._ended]
+            self._ended.update(rows)
+            if rows:
+                self._report(rows, response)
         return torch.full((len(input_ids),), self._stop(), device=input_ids.device)
 
 
@@ -129,8 +155,12 @@ class _StopStrings(StoppingCriteria):
 class TransformersSampler:
     """Samples with `model.generate`, in lots of `config.batch_size`.
 
-    candidates: M, how many of the student's own most likely tokens to note at each position. generating: entered
-    around all lots of a `sample`; a sharded model needs it (see `student_trainer.parallel`).
+    A thread of its own generates, while the caller deals with the answers that have ended: they are handed over
+    while others of their lot go on. (An answer that a stop string ended comes with the end of its lot.) The model
+    must not be changed between two answers of one `sample`.
+
+    candidates: M, how many of the student's own most likely tokens to note at each position. generating: entered in
+    the thread around all lots of a `sample`; a sharded model needs it (see `student_trainer.parallel`).
     """
 
     owns_weights = False
@@ -152,32 +182,55 @@ class TransformersSampler:
         self._candidates = min(candidates, vocabulary_size)
         self._generating = generating
         self._eos_ids = eos_ids(model, tokenizer)
+        self._executor = ThreadPoolExecutor(1, "generate")
 
     def sample(
         self, prompts: Sequence[Prompt], answers: int, *, seed: int, stop: Stopping = never
     ) -> Iterator[list[Rollout]]:
         """See `Sampler`."""
         # Prompts of like length together: less padding. The sort is stable, so the order is deterministic.
-        queue = sorted(
+        wanted = sorted(
             ((prompt, answer) for prompt in prompts for answer in range(answers)), key=lambda e: len(e[0].token_ids)
         )
-        size = self._config.batch_size
-        with self._generating():
-            for start in range(0, len(queue), size):
-                if stop():
-                    return
-                lot = queue[start : start + size]
-                seeds = [stream_seed(seed, prompt, answer) for prompt, answer in lot]
-                rollouts = self._generate([prompt for prompt, _ in lot], seeds, stop)
+        abandoned = False
+        ended: queue.SimpleQueue[list[Rollout] | None] = queue.SimpleQueue()
+
+        def generate() -> None:
+            try:
+                with self._generating():
+                    for start in range(0, len(wanted), self._config.batch_size):
+                        if abandoned or stop():
+                            return
+                        lot = wanted[start : start + self._config.batch_size]
+                        seeds = [stream_seed(seed, prompt, answer) for prompt, answer in lot]
+                        self._generate([prompt for prompt, _ in lot], seeds, lambda: abandoned or stop(), ended.put)
+            finally:
+                ended.put(None)
+
+        generation = self._executor.submit(generate)
+        try:
+            while (rollouts := ended.get()) is not None:
                 if stop():
                     return
                 yield rollouts
+            generation.result()  # raises what ended it
+        finally:
+            abandoned = True  # the caller may have had enough
+            wait([generation])
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Ends the thread."""
+        self._executor.shutdown(wait=False)
 
     @torch.no_grad()
-    def _generate(self, prompts: list[Prompt], seeds: list[list[int]], stop: Stopping) -> list[Rollout]:
+    def _generate(
+        self,
+        prompts: list[Prompt],
+        seeds: list[list[int]],
+        stop: Stopping,
+        hand_over: Callable[[list[Rollout]], None],
+    ) -> None:
+        """One lot. Nothing more is handed over once `stop()` is true."""
         config = self._config
         width = max(len(prompt.token_ids) for prompt in prompts)
         pad_id = self._pad_id()
@@ -200,34 +253,53 @@ class TransformersSampler:
             eos_token_id=sorted(self._eos_ids),
             pad_token_id=pad_id,
         )
-        criteria: list[StoppingCriteria] = [_GiveUp(stop)]
+        handed: set[int] = set()
         strings = _StopStrings(self._tokenizer, config.stop, width, len(prompts)) if config.stop else None
-        with _as_sampler(self._model):
-            sequences = self._model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=generation,
-                logits_processor=LogitsProcessorList([drawer]),
-                stopping_criteria=StoppingCriteriaList(criteria + ([strings] if strings else [])),
-            )
-        stops: list[int | None] = strings.lengths if strings else [None] * len(prompts)
-        return self._rollouts(prompts, sequences[:, width:].cpu(), drawer, stops)
+
+        def report(rows: list[int], responses: Tensor) -> None:
+            handed.update(rows)
+            stops: list[int | None] = [strings.lengths[row] if strings else None for row in rows]
+            hand_over(self._rollouts([prompts[row] for row in rows], rows, responses, drawer, stops))
+
+        criteria: list[StoppingCriteria] = [*([strings] if strings else []), _Ended(self._eos_ids, width, stop, report)]
+        try:
+            with _as_sampler(self._model):
+                sequences = self._model.generate(
+                    input_ids=input_ids.to(device),
+                    attention_mask=mask.to(device),
+                    generation_config=generation,
+                    logits_processor=LogitsProcessorList([drawer]),
+                    stopping_criteria=StoppingCriteriaList(criteria),
+                )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DoesNotFit(
+                f"{len(prompts)} answers of up to {config.max_new_tokens} tokens to prompts of up to {width} did not "
+                f"fit into memory; lower rollout.batch_size (now {config.batch_size}). ({str(error).splitlines()[0]})"
+            ) from error
+        rest = [row for row in range(len(prompts)) if row not in handed]
+        if rest and not stop():
+            report(rest, sequences[:, width:])
 
     def _rollouts(
-        self, prompts: list[Prompt], responses: Tensor, drawer: _Drawer, stops: list[int | None]
+        self, prompts: list[Prompt], rows: list[int], responses: Tensor, drawer: _Drawer, stops: list[int | None]
     ) -> list[Rollout]:
-        logprobs = torch.stack(drawer.logprobs, dim=1).cpu().numpy()  # [B, T]
-        candidates = torch.stack(drawer.candidate_ids, dim=1).cpu().numpy()  # [B, T, M]
-        tokens = responses.numpy().astype(np.int32)  # [B, T]
+        """The answers at `rows` of `responses` [B, t]."""
+        where = torch.tensor(rows, device=responses.device)
+        made = responses.shape[1]
+        tokens = responses[where].cpu().numpy().astype(np.int32)  # [R, t]
+        logprobs = drawer.logprobs[where, :made].cpu().numpy()
+        candidates = drawer.candidate_ids[where, :made].cpu().numpy()  # [R, t, M]
         rollouts = []
         for index, prompt in enumerate(prompts):
             length, finished = self._length(tokens[index], stops[index])
             rollouts.append(
                 Rollout(
                     prompt=prompt,
-                    response_ids=tokens[index, :length],
-                    sampler_logprobs=logprobs[index, :length],
-                    candidate_ids=candidates[index, :length],
+                    response_ids=tokens[index, :length].copy(),
+                    sampler_logprobs=logprobs[index, :length].copy(),
+                    candidate_ids=candidates[index, :length].copy(),
                     text=self._tokenizer.decode(tokens[index, :length], skip_special_tokens=True),
                     finished=finished,
                 )

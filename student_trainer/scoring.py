@@ -153,17 +153,19 @@ class Scorer:
         self.outage_s = seconds
 
 
-def connect(config: RunConfig, teacher: TeacherConfig, tokenizer: Any) -> Scorer:
+def connect(config: RunConfig, teacher: TeacherConfig, tokenizer: Any, *, stop: Stopping = never) -> Scorer:
     """A scorer, once the pool is up and fits the run.
 
     Waits up to `start_deadline_s` with a line on stderr every few seconds. Raises ConfigError for what can be
-    known to fail later: another vocabulary, top_k or lengths beyond the server's limits.
+    known to fail later: another vocabulary, top_k or lengths beyond the server's limits; Stopped once `stop()`.
     """
     client = TeacherClient(teacher.addresses, model=teacher.model, max_in_flight=teacher.max_in_flight)
     shown_s = -10.0
 
     def on_wait(elapsed_s: float, error: StillhouseError) -> None:
         nonlocal shown_s
+        if stop():
+            raise Stopped("asked to stop while waiting for the teacher")
         if elapsed_s - shown_s >= 5:
             shown_s = elapsed_s
             where, limit_s = ", ".join(teacher.addresses), teacher.start_deadline_s

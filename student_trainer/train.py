@@ -1,9 +1,7 @@
 """`student-trainer train` and `eval`: check everything, build the parts, run."""
 
 import contextlib
-import hashlib
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -15,13 +13,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-import stillhouse
 from student_trainer.checkpoint import (
-    FORMAT,
     Checkpoints,
     fingerprint,
     load_moments,
-    process_files,
     read_trainer,
     saved_steps,
     verify,
@@ -31,18 +26,16 @@ from student_trainer.config import (
     EvaluationConfig,
     OptimizerConfig,
     RunConfig,
-    changed_keys,
     plain_config,
 )
 from student_trainer.evaluate import describe as describe_result
 from student_trainer.evaluate import evaluate
 from student_trainer.experience import InFlight, Judge
-from student_trainer.guards import BestSoFar, Guards
 from student_trainer.handover import HandOver
-from student_trainer.in_flight import read_batches, restore_random_state
-from student_trainer.loop import Parts, RunState, fit
+from student_trainer.loop import fit
 from student_trainer.metrics import Exporter
 from student_trainer.parallel import make_accelerator, meeting_timeout_s, whole_for_generation
+from student_trainer.parts import Parts, RunState
 from student_trainer.passrate import PassRates
 from student_trainer.policy import (
     Policy,
@@ -55,6 +48,7 @@ from student_trainer.policy import (
 )
 from student_trainer.processes import Processes
 from student_trainer.prompts import Prompt, PromptOrder, PromptsConfig, load_prompts
+from student_trainer.resuming import check_identity, check_resumed, finished, prompts_digest, published, restore
 from student_trainer.run_dir import Claim, RunDir
 from student_trainer.sampler import Sampler, TransformersSampler, eos_ids
 from student_trainer.scoring import Scorer, check_lengths, connect
@@ -99,8 +93,8 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> dict[str,
                 if processes.is_main:
                     verify(checkpoint)
                 found = read_trainer(checkpoint)
-                _check_resumed(config, checkpoint, found, processes)
-                if (summary := _finished(config, found)) is not None:
+                check_resumed(config, checkpoint, found, processes)
+                if (summary := finished(config, found)) is not None:
                     return summary
         try:
             return _run(config, folder, accelerator, processes, stop, stack, checkpoint, found)
@@ -120,160 +114,178 @@ def _run(
 ) -> dict[str, Any]:
     """Builds the parts, evaluates, trains, evaluates; writes and returns the summary."""
     with processes.together():
-        tokenizer = load_tokenizer(config.student.model)
-        problems = _problems(config.prompts, tokenizer, folder)
-        held_out = _held_out(config.evaluation, tokenizer, folder) if config.evaluation else None
-        if held_out and processes.is_main:
-            _warn_of_overlap(problems.prompts, held_out.prompts)
-        order = PromptOrder(problems.prompts, config.seed)
-        with _refusing("rollout."):
-            order.batch(0, config.rollout.prompts_per_step)  # more prompts a step than there are
-        if config.rollout.prompts_per_step < processes.count:
-            raise ConfigError(
-                f"rollout.prompts_per_step: {config.rollout.prompts_per_step} for {processes.count} processes; each "
-                "needs at least one prompt"
-            )
-        scorer = None
-        if config.teacher and config.objective.needs_teacher:
-            scorer = connect(config, config.teacher, tokenizer)
-            stack.callback(scorer.close)
-            limit = scorer.teacher.max_sequence_tokens
-            check_lengths(_longest(problems.prompts), config.rollout.max_new_tokens, limit, "teacher")
-        set_seed(config.seed)  # the same in every process: new adapters begin with random numbers
-        with _refusing("student.model: "):
-            model = load_model(config.student, accelerator.device, checkpoint)
-            size = student_vocabulary(plain_model(model), tokenizer)
-        _check_context(config, model, problems.prompts + (held_out.prompts if held_out else []))
-        student = Policy(plain_model(model), size)
-        if config.optimizer.packing:
-            check_packing(student)
-        identity = {
-            "model": fingerprint(student.model),
-            "prompts": _digest(problems.prompts),
-            "teacher": scorer.teacher.model_revision if scorer else None,
-        }
+        checked = _check(config, folder, accelerator, processes, stop, stack, checkpoint)
         if found is not None and checkpoint is not None:
-            _check_identity(checkpoint, found["identity"], identity)
-    optimizer = _optimizer(student, config.optimizer)
-    warmup = max(1, config.optimizer.warmup_steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / warmup))
-    policy, optimizer = accelerator.prepare(student, optimizer)
-    set_seed(config.seed, device_specific=True)  # what is random while training (dropout) differs by process
-    candidates = config.teacher.candidates if scorer and config.teacher else 0
-    with processes.together():
-        sampler = _sampler(
-            config,
-            student.model,
-            tokenizer,
-            accelerator,
-            policy,
-            size=size,
-            candidates=candidates,
-            directory=checkpoint if checkpoint and config.student.lora is None else config.student.model,
-            longest=_longest(problems.prompts + (held_out.prompts if held_out else [])),
-        )
-        stack.callback(sampler.close)
-        hand_over = _nothing_to_hand_over
-        if sampler.owns_weights:
-            hand_over = HandOver(sampler, policy, model, problems.prompts[0], config.rollout.temperature)
-        exporter = None
-        if processes.is_main and config.metrics_port is not None:
-            exporter = _exporter(config.metrics_port)
-            stack.callback(exporter.close)
-            print(f"metrics at {exporter.url}", flush=True)
-    if scorer and exporter:
-        scorer.on_outage = lambda seconds: exporter.set("teacher_outage_now_s", seconds)
-    assess = None
-    if held_out and config.evaluation:
-        assess = _evaluator(config, config.evaluation, held_out, sampler, processes, stop)
+            check_identity(checkpoint, found["identity"], checked.identity)
+    parts = _build(config, checked, accelerator, processes, stop, stack, checkpoint)
     state = RunState(PassRates(config.objective.prompt_weights.decay if config.objective.prompt_weights else 0.0))
     restored: list[InFlight] = []
-    checkpoints = Checkpoints(
-        config.run_dir / "checkpoints",
-        processes,
-        keep=config.checkpoints.keep,
-        background=config.checkpoints.background,
-    )
     if checkpoint is not None and found is not None:
-        load_moments(checkpoint, policy, getattr(optimizer, "optimizer", optimizer), processes)
+        optimizer = getattr(parts.optimizer, "optimizer", parts.optimizer)
+        load_moments(checkpoint, parts.policy, optimizer, processes)
         with processes.together():
-            restored = _restore(state, schedule, checkpoint, found, problems.prompts, scorer, processes, accelerator)
-        checkpoints.note_best(state.best.step)
+            restored = restore(state, parts, checkpoint, found, checked.problems.prompts)
+        parts.checkpoints.note_best(state.best.step)
     with processes.together():
-        run_dir = RunDir(config, writes=processes.is_main, after_step=_published(state))
-        stack.callback(run_dir.close)
-        (config.run_dir / "summary.json").unlink(missing_ok=True)
+        parts.run_dir.begin(after_step=published(state))
         if processes.is_main:
             print(f"{'resuming after' if found else 'starting at'} step {state.step}", file=sys.stderr, flush=True)
     if config.trackers:
         with _refusing("trackers: "):
             accelerator.init_trackers("stillhouse", config=_numbers(plain_config(config)))
         stack.callback(accelerator.end_training)
+    start_s = time.monotonic()
+    if parts.evaluate and state.before is None and state.step == 0:
+        parts.hand_over(0)
+        state.before = parts.evaluate(0)
+    ended = fit(parts, state, restored)
+    return _summarise(parts, state, ended, start_s)
 
-    def describe(state: RunState) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "stillhouse": stillhouse.__version__,
-            "processes": processes.count,
-            "config": plain_config(config),
-            "identity": identity,
-            "schedule": {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"},
-            "pass_rates": state.pass_rates.state(),
-            "step": state.step,
-            "rollouts": state.rollouts,
-            "response_tokens": state.response_tokens,
-            "guards": state.guards.state(),
-            "best": state.best.state(),
-            "before": state.before,
-            "row": state.row,
-        }
 
-    parts = Parts(
+def _summarise(parts: Parts, state: RunState, ended: str | None, start_s: float) -> dict[str, Any]:
+    config = parts.config
+    checkpoints = config.run_dir / "checkpoints"
+    summary: dict[str, Any] = {"before": state.before} if state.before else {}
+    summary |= {"steps": state.step, "rollouts": state.rollouts, "response_tokens": state.response_tokens}
+    if parts.evaluate and config.evaluation:
+        parts.hand_over(state.step)
+        summary["after"] = parts.evaluate(state.step)
+        if state.best.step is not None and ended is None:
+            state.best.note(state.step, summary["after"][f"pass@{config.evaluation.k[0]}"])
+    summary["checkpoint"] = str(checkpoints / f"step-{state.step}")
+    if state.best.step is not None:
+        best = state.best
+        summary["best"] = {"checkpoint": str(checkpoints / f"step-{best.step}"), "step": best.step, "value": best.value}
+    if ended is not None:
+        summary["ended"] = ended
+    if parts.scorer:
+        summary["teacher"] = {"model": parts.scorer.teacher.model, "revision": parts.scorer.teacher.model_revision}
+    summary["wall_s"] = round(time.monotonic() - start_s, 2)
+    parts.run_dir.summary(summary)
+    return summary
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """What is known to fit together before anything is written."""
+
+    tokenizer: Any
+    problems: _Problems
+    held_out: _Problems | None
+    order: PromptOrder
+    scorer: Scorer | None
+    model: Any  # as it is saved
+    student: Policy
+    identity: dict[str, Any]  # of what a resumed run has to have again
+
+
+def _check(
+    config: RunConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    processes: Processes,
+    stop: StopRequest,
+    stack: contextlib.ExitStack,
+    checkpoint: Path | None,
+) -> _Checked:
+    """Loads prompts, verifiers, teacher and model, and refuses what does not fit."""
+    tokenizer = load_tokenizer(config.student.model)
+    problems = _problems(config.prompts, tokenizer, folder)
+    held_out = _held_out(config.evaluation, tokenizer, folder) if config.evaluation else None
+    if held_out and processes.is_main:
+        _warn_of_overlap(problems.prompts, held_out.prompts)
+    order = PromptOrder(problems.prompts, config.seed)
+    with _refusing("rollout."):
+        order.batch(0, config.rollout.prompts_per_step)  # more prompts a step than there are
+    if config.rollout.prompts_per_step < processes.count:
+        raise ConfigError(
+            f"rollout.prompts_per_step: {config.rollout.prompts_per_step} for {processes.count} processes; each "
+            "needs at least one prompt"
+        )
+    scorer = None
+    if config.teacher and config.objective.needs_teacher:
+        scorer = connect(config, config.teacher, tokenizer, stop=stop)
+        stack.callback(scorer.close)
+        limit = scorer.teacher.max_sequence_tokens
+        check_lengths(_longest(problems.prompts), config.rollout.max_new_tokens, limit, "teacher")
+    set_seed(config.seed)  # the same in every process: new adapters begin with random numbers
+    with _refusing("student.model: "):
+        model = load_model(config.student, accelerator.device, checkpoint)
+        size = student_vocabulary(plain_model(model), tokenizer)
+    _check_context(config, model, problems.prompts + (held_out.prompts if held_out else []))
+    student = Policy(plain_model(model), size)
+    if config.optimizer.packing:
+        check_packing(student)
+    identity = {
+        "model": fingerprint(student.model),
+        "prompts": prompts_digest(problems.prompts),
+        "teacher": scorer.teacher.model_revision if scorer else None,
+    }
+    return _Checked(tokenizer, problems, held_out, order, scorer, model, student, identity)
+
+
+def _build(
+    config: RunConfig,
+    checked: _Checked,
+    accelerator: Accelerator,
+    processes: Processes,
+    stop: StopRequest,
+    stack: contextlib.ExitStack,
+    checkpoint: Path | None,
+) -> Parts:
+    """Everything the loop works with. A meeting; nothing is written yet."""
+    student, scorer, held_out = checked.student, checked.scorer, checked.held_out
+    optimizer = _optimizer(student, config.optimizer)
+    warmup = max(1, config.optimizer.warmup_steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / warmup))
+    policy, optimizer = accelerator.prepare(student, optimizer)
+    set_seed(config.seed, device_specific=True)  # what is random while training (dropout) differs by process
+    with processes.together():
+        sampler = _sampler(config, checked, accelerator, policy, checkpoint)
+        stack.callback(sampler.close)
+        hand_over = _nothing_to_hand_over
+        if sampler.owns_weights:
+            prompt = checked.problems.prompts[0]
+            hand_over = HandOver(sampler, policy, checked.model, prompt, config.rollout.temperature)
+        exporter = None
+        if processes.is_main and config.metrics_port is not None:
+            exporter = _exporter(config.metrics_port)
+            stack.callback(exporter.close)
+            print(f"metrics at {exporter.url}", flush=True)
+        if scorer and exporter:
+            scorer.on_outage = lambda seconds: exporter.set("teacher_outage_now_s", seconds)
+        run_dir = RunDir(config, writes=processes.is_main)
+        stack.callback(run_dir.close)
+    assess = None
+    if held_out and config.evaluation:
+        assess = _evaluator(config, config.evaluation, held_out, sampler, processes, stop)
+    return Parts(
         config=config,
         policy=policy,
-        model=model,
-        tokenizer=tokenizer,
+        model=checked.model,
+        tokenizer=checked.tokenizer,
         sampler=sampler,
         hand_over=hand_over,
         scorer=scorer,
-        judge=problems.judge,
-        pass_threshold=problems.pass_threshold,
-        order=order,
+        judge=checked.problems.judge,
+        pass_threshold=checked.problems.pass_threshold,
+        order=checked.order,
         optimizer=optimizer,
         learning_rate=schedule,
         accelerator=accelerator,
         processes=processes,
         run_dir=run_dir,
-        checkpoints=checkpoints,
-        describe=describe,
+        checkpoints=Checkpoints(
+            config.run_dir / "checkpoints",
+            processes,
+            keep=config.checkpoints.keep,
+            background=config.checkpoints.background,
+        ),
+        identity=checked.identity,
         exporter=exporter,
         evaluate=assess,
         stop=stop,
     )
-    start_s = time.monotonic()
-    if assess and state.before is None and state.step == 0:
-        parts.hand_over(0)
-        state.before = assess(0)
-    ended = fit(parts, state, restored)
-    summary: dict[str, Any] = {"before": state.before} if state.before else {}
-    summary |= {"steps": state.step, "rollouts": state.rollouts, "response_tokens": state.response_tokens}
-    if assess:
-        parts.hand_over(state.step)
-        summary["after"] = assess(state.step)
-        if config.evaluation and state.best.step is not None and ended is None:
-            state.best.note(state.step, summary["after"][f"pass@{config.evaluation.k[0]}"])
-    summary["checkpoint"] = str(config.run_dir / "checkpoints" / f"step-{state.step}")
-    if state.best.step is not None:
-        summary["best"] = {"checkpoint": str(config.run_dir / "checkpoints" / f"step-{state.best.step}")}
-        summary["best"] |= {"step": state.best.step, "value": state.best.value}
-    if ended is not None:
-        summary["ended"] = ended
-    if scorer:
-        summary["teacher"] = {"model": scorer.teacher.model, "revision": scorer.teacher.model_revision}
-    summary["wall_s"] = round(time.monotonic() - start_s, 2)
-    if processes.is_main:
-        run_dir.summary(summary)
-    return summary
 
 
 def _nothing_to_hand_over(step: int) -> dict[str, float]:
@@ -284,87 +296,6 @@ def _check_trackers(config: RunConfig) -> None:
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"trackers: {name} is not installed; pip install {name}, or leave it out")
-
-
-def _check_resumed(config: RunConfig, checkpoint: Path, found: dict[str, Any], processes: Processes) -> None:
-    """Refuses to go on with something else than what was saved."""
-    changed = changed_keys(found["config"], plain_config(config))
-    if changed:
-        raise ConfigError(
-            f"run_dir: {config.run_dir} was begun with another configuration; set these back, or start a new run "
-            f"(student.model={checkpoint} begins with its weights):\n  " + "\n  ".join(changed)
-        )
-    if found["processes"] != processes.count and not config.checkpoints.other_world_size:
-        raise ConfigError(
-            f"run_dir: {checkpoint} was saved by {found['processes']} processes, this run has {processes.count}; "
-            f"start {found['processes']}, or set checkpoints.other_world_size: true (the curve is then the same only "
-            "to rounding)"
-        )
-
-
-def _check_identity(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses a checkpoint of another model, other prompts or another teacher behind the same names."""
-    meanings = {
-        "model": "student.model: has other parameters than the model",
-        "prompts": "prompts: are not those (by key and tokens)",
-        "teacher": f"teacher: serves revision {now['teacher']}, not the one ({saved['teacher']})",
-    }
-    for name, what in meanings.items():
-        if saved[name] != now[name]:
-            raise ConfigError(f"{what} that {checkpoint} was made with; put it back, or start a new run")
-
-
-def _finished(config: RunConfig, found: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do."""
-    path = config.run_dir / "summary.json"
-    same_end = _end(found["config"]) == _end(plain_config(config))
-    if not path.is_file() or not same_end:
-        return None
-    print(f"{config.run_dir} is complete: nothing to do", file=sys.stderr)
-    return json.loads(path.read_text())
-
-
-def _end(config: dict[str, Any]) -> tuple[Any, Any]:
-    """What decides when a run ends."""
-    return config["steps"], (config["evaluation"] or {}).get("patience")
-
-
-def _restore(
-    state: RunState,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    checkpoint: Path,
-    found: dict[str, Any],
-    prompts: list[Prompt],
-    scorer: Scorer | None,
-    processes: Processes,
-    accelerator: Accelerator,
-) -> list[InFlight]:
-    """Puts everything but weights and optimiser back where it was; returns the answers in flight, scores asked for."""
-    state.step, state.rollouts, state.response_tokens = found["step"], found["rollouts"], found["response_tokens"]
-    state.before, state.row = found["before"], found["row"]
-    state.guards, state.best = Guards(**found["guards"]), BestSoFar(**found["best"])
-    state.pass_rates.load_state(found["pass_rates"])
-    schedule.load_state_dict(schedule.state_dict() | found["schedule"])
-    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
-        group["lr"] = rate
-    files = process_files(checkpoint)
-    if len(files) == processes.count:
-        restore_random_state(files[processes.rank], accelerator.device)
-    by_key = {prompt.key: prompt for prompt in prompts}
-    restored = read_batches(files, by_key, processes.rank, processes.count)
-    for batch in restored:
-        batch.futures = [scorer.submit(judged.rollout) for judged in batch.answers] if scorer else []
-    return restored
-
-
-def _published(state: RunState) -> int:
-    """The last step whose figures are told; one that is still to be looked at is told later."""
-    return state.step - (state.row is not None)
-
-
-def _digest(prompts: list[Prompt]) -> str:
-    text = "\n".join(f"{prompt.key} {prompt.token_ids}" for prompt in prompts)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _numbers(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -379,19 +310,11 @@ def _numbers(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _sampler(
-    config: RunConfig,
-    model: Any,
-    tokenizer: Any,
-    accelerator: Accelerator,
-    policy: Any,
-    *,
-    size: int,
-    candidates: int,
-    directory: Path,
-    longest: int,
+    config: RunConfig, checked: _Checked, accelerator: Accelerator, policy: Any, checkpoint: Path | None
 ) -> Sampler:
-    """The rollout engine of this process. directory: of the weights that one with its own starts with. longest: of
-    all prompts, tokens."""
+    """The rollout engine of this process."""
+    model, tokenizer, size = checked.student.model, checked.tokenizer, checked.student.vocabulary_size
+    candidates = config.teacher.candidates if checked.scorer and config.teacher else 0
     if config.rollout.engine == "vllm":
         try:
             from student_trainer.vllm_sampler import VllmOptions, VllmSampler
@@ -401,15 +324,17 @@ def _sampler(
                 "set it to transformers"
             ) from error
         half = config.student.mixed_precision == "bf16" or config.student.dtype == "bfloat16"
+        prompts = checked.problems.prompts + (checked.held_out.prompts if checked.held_out else [])
         return VllmSampler(
-            directory,
+            # What it starts with; it is handed the weights of now before it is first used.
+            checkpoint if checkpoint and config.student.lora is None else config.student.model,
             tokenizer,
             config.rollout,
             eos_ids=eos_ids(model, tokenizer),
             vocabulary_size=size,
             candidates=candidates,
             dtype="bfloat16" if half else "float32",
-            max_sequence_tokens=longest + config.rollout.max_new_tokens,
+            max_sequence_tokens=_longest(prompts) + config.rollout.max_new_tokens,
             options=VllmOptions(**config.rollout.vllm.model_dump()),
         )
 

@@ -15,6 +15,8 @@ import transformers
 from stillhouse.errors import SequenceTooLong, Unavailable
 from student_trainer.config import ConfigError
 from student_trainer.guards import Runaway
+from student_trainer.memory import DoesNotFit
+from student_trainer.policy import Policy
 from student_trainer.train import train
 from tests.fakes import FakeServer
 from tests.toy import ToyTeacher, toy_config
@@ -139,6 +141,33 @@ def test_more_of_them_than_allowed_end_the_run_with_their_reason(teacher, tmp_pa
         _run(tmp_path, teacher, "steps=2")
 
 
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("forward", r"step 1: a pass over \d+ sequences of up to 10 tokens did not fit .* lower optimizer.micro_batch"),
+        ("generate", r"24 answers of up to 8 tokens to prompts of up to 2 did not fit .*; lower rollout.batch_size"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_batch_that_does_not_fit_names_the_limit_to_lower(teacher, tmp_path, monkeypatch, where, message, error):
+    def full(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    target = Policy if where == "forward" else transformers.LlamaForCausalLM
+    monkeypatch.setattr(target, where, full)
+    with pytest.raises(DoesNotFit, match=message):
+        _run(tmp_path, teacher)
+
+
 # Guards, evaluation, trackers
 
 
@@ -186,7 +215,8 @@ def test_a_tracker_whose_package_is_missing_is_refused_before_anything_is_writte
 def test_always_on_diagnostics_are_in_every_row(teacher, tmp_path):
     row = _rows(_run(tmp_path, teacher, "steps=1"))[0]
     for name in (
-        "reverse_kl", "forward_kl", "kl_from_0", "entropy_gap", "top_k_overlap", "overlap_student_mass",
+        "reverse_kl", "forward_kl", "reverse_kl_from_0", "forward_kl_from_0", "entropy_gap", "top_k_overlap",
+        "overlap_student_mass",
         "overlap_teacher_mass", "overlap_advantage", "teacher_mass_on_support_min", "student_mass_on_support_min",
         "advantage_p05", "advantage_p50", "advantage_p95", "teacher_advantage_p50", "repetition", "staleness",
         "waiting_share", "unscored", "clipped_share", "prompt_weight",

@@ -111,6 +111,30 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(teacher, calm, tmp
     _assert_same_run(calm, tmp_path / "run")
 
 
+def test_killed_while_it_saves_the_checkpoint_before_stands(teacher, calm, tmp_path):
+    config = _config(tmp_path, teacher.address)
+    process = _start(config)
+    partial = tmp_path / "run" / "checkpoints" / ".step-6.partial"
+    end_s = time.monotonic() + 100
+    while not partial.exists():
+        assert process.poll() is None and time.monotonic() < end_s
+    process.kill()
+    process.communicate()
+    assert partial.exists()  # or it was too late
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-3"]
+    _finish(config)
+    assert not partial.exists()
+    _assert_same_run(calm, tmp_path / "run")
+
+
+def test_a_start_that_was_killed_before_it_wrote_anything_can_be_repeated(teacher, tmp_path):
+    config = _config(tmp_path, teacher.address)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "lock").write_text("process 1 on nowhere\n")
+    train(load_config(config, ["steps=1"]), tmp_path)
+    assert (tmp_path / "run" / "checkpoints" / "step-1").is_dir()
+
+
 @pytest.mark.parametrize("pause_s", [0.0, 0.02, 0.04])
 def test_sigterm_saves_and_exits_0_and_the_run_goes_on_as_if_nothing_had_been(teacher, calm, tmp_path, pause_s):
     config = _config(tmp_path, teacher.address, checkpoints={"every_steps": 0})

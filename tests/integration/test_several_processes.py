@@ -97,6 +97,26 @@ def test_the_same_global_batch_gives_the_same_weights(reference, teacher, tmp_pa
         assert ours["response_tokens"] == theirs["response_tokens"] and ours["rollouts"] == theirs["rollouts"]
 
 
+def test_accelerate_launch_does_the_same(reference, teacher, tmp_path):
+    config = write_config(
+        tmp_path, teacher.address, steps=2, optimizer={"learning_rate": 1e-3, "micro_batch_tokens": 10_000}
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    # What the launcher says of precision is overruled by the configuration.
+    command += ["--mixed_precision=bf16", "--dynamo_backend=no", "--main_process_port=0"]
+    done = subprocess.run(
+        [*command, "-m", "student_trainer.cli", "train", str(config)],
+        cwd=ROOT,
+        env=child_environment() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 1/2") == 1  # one of them speaks
+    assert difference(reference, tmp_path / "run") < TOLERANCE
+
+
 def _first(tmp_path: Path) -> dict[str, torch.Tensor]:
     return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "other" / "student").state_dict()
 
@@ -144,9 +164,12 @@ def test_a_run_can_go_on_with_another_number_of_processes_if_it_is_allowed(teach
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < TOLERANCE
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_mixed_precision_keeps_float32_weights_and_comes_near_full_precision(reference, teacher, tmp_path, processes):
-    run = trained(tmp_path / "mixed", teacher.address, processes, "student.mixed_precision=bf16")
+@pytest.mark.parametrize(("processes", "sharding"), [(1, "none"), (2, "none"), (2, "fsdp2")])
+def test_mixed_precision_keeps_float32_weights_and_comes_near_full_precision(
+    reference, teacher, tmp_path, processes, sharding
+):
+    overrides = ("student.mixed_precision=bf16", f"student.sharding={sharding}")
+    run = trained(tmp_path / "mixed", teacher.address, processes, *overrides)
     assert all(tensor.dtype == torch.float32 for tensor in weights(run).values())
     ours, theirs = rows(run)[0], rows(reference)[0]
     assert ours["kl"] == pytest.approx(theirs["kl"], rel=0.05) and ours["loss"] != theirs["loss"]

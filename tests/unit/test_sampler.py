@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -108,17 +110,68 @@ def test_sampling_leaves_the_random_state_and_the_mode_of_the_model_alone(tmp_pa
 def test_lots_of_any_size_hold_every_answer_once(tmp_path):
     sampler = _sampler(save_model(tmp_path), max_new_tokens=3, batch_size=5)
     lots = list(sampler.sample(PROMPTS, 4, seed=0))
-    assert [len(lot) for lot in lots] == [5, 5, 2]
     keys = [rollout.prompt.key for lot in lots for rollout in lot]
     assert sorted(keys) == ["a"] * 4 + ["b"] * 4 + ["c"] * 4
 
 
-def test_an_answer_ends_with_its_end_token_or_counts_as_truncated(tmp_path):
+def test_what_is_drawn_does_not_depend_on_the_lots(tmp_path):
     directory = save_model(tmp_path)
+    drawn = []
+    for size in (1, 5, 12):
+        rollouts = _sample(_sampler(directory, max_new_tokens=6, batch_size=size))
+        drawn.append(sorted((r.prompt.key, r.response_ids.tolist()) for r in rollouts))
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_answers_are_handed_over_when_they_end_while_others_go_on(tmp_path):
+    """A consumer that waits: when it gets the first answers, the others are not there yet."""
+    directory = _ends_early(tmp_path)
+    sampler = _sampler(directory, max_new_tokens=400)
+    lots = list(sampler.sample(PROMPTS, 16, seed=1))
+    lengths = [[len(rollout.response_ids) for rollout in lot] for lot in lots]
+    assert len(lots) > 2 and sum(map(len, lots)) == 48
+    # Looked at every 16 tokens: what comes earlier is shorter.
+    assert all(max(one) <= max(other) + 16 for one, other in itertools.pairwise(lengths))
+    for rollout in itertools.chain.from_iterable(lots):
+        reference = _reference(directory, rollout, 1.0)
+        drawn = reference[np.arange(len(reference)), rollout.response_ids]
+        np.testing.assert_allclose(rollout.sampler_logprobs, drawn, atol=2e-4)
+
+
+def test_it_gives_up_within_a_token_once_it_is_asked_to(tmp_path):
+    sampler = _sampler(save_model(tmp_path), max_new_tokens=400)
+    asked = threading.Event()
+    threading.Timer(0.3, asked.set).start()
+    rollouts = [r for lot in sampler.sample(PROMPTS, 200, seed=0, stop=asked.is_set) for r in lot]
+    assert all(rollout.finished for rollout in rollouts) and len(rollouts) < 600
+
+
+def test_an_error_while_generating_is_the_callers(tmp_path):
+    sampler = _sampler(save_model(tmp_path), max_new_tokens=4)
+    sampler._model.generate = lambda **_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        _sample(sampler)
+
+
+def test_a_caller_that_has_had_enough_leaves_no_generation_behind(tmp_path):
+    sampler = _sampler(save_model(tmp_path), max_new_tokens=200, batch_size=1)
+    for lot in sampler.sample(PROMPTS, 1000, seed=0):
+        assert lot
+        break
+    assert len(_sample(sampler, answers=1)) == 3  # the thread is free again
+
+
+def _ends_early(folder: Path) -> Path:
+    directory = save_model(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    with torch.no_grad():  # make the end likely
+    with torch.no_grad():
         model.lm_head.weight[EOS] += 0.15 * model.lm_head.weight.abs().mean() * torch.sign(model.lm_head.weight[5])
     model.save_pretrained(directory)
+    return directory
+
+
+def test_an_answer_ends_with_its_end_token_or_counts_as_truncated(tmp_path):
+    directory = _ends_early(tmp_path)
     rollouts = _sample(_sampler(directory, max_new_tokens=30), answers=64)
     finished = [rollout for rollout in rollouts if rollout.finished]
     truncated = [rollout for rollout in rollouts if not rollout.finished]

@@ -1,0 +1,45 @@
+"""Being asked to stop: noticed once, told apart, and the program's own handlers come back."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from student_trainer.stopping import Interrupted, StopRequest
+
+
+def test_the_first_signal_asks_and_what_listened_before_listens_again():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop() and str(stop.outcome()) == "stopped by SIGTERM"
+        os.kill(os.getpid(), signal.SIGTERM)  # launchers send several
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_asks_once_and_the_second_time_it_does_not_wait():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop() and isinstance(stop.outcome(), Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_process_that_only_hears_of_it_says_so():
+    assert str(StopRequest().outcome()) == "stopped by another process"
+
+
+def test_outside_of_the_main_thread_signals_are_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def listen() -> None:
+        with StopRequest():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [before]
