@@ -45,6 +45,10 @@ _CHECKSUMS = "checksums.json"
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
+class CheckpointError(RuntimeError):
+    """The run could not be saved; the checkpoint before stands."""
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
@@ -120,12 +124,17 @@ class Checkpoints:
         """Until the last save is on disk. Raises what kept it from that, on every process: a meeting."""
         if self._writer is None:
             return
-        self._writer.join()
-        self._writer = None
+        self.join()
         error, self._error = self._error, None
         with self._processes.together():
             if error is not None:
-                raise RuntimeError(f"{self.folder}: the checkpoint could not be saved: {error}") from error
+                raise CheckpointError(f"{self.folder}: the checkpoint could not be saved: {error}") from error
+
+    def join(self) -> None:
+        """Until this process writes nothing any more, whatever came of it. No meeting."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
 
     def note_best(self, step: int | None) -> None:
         """Which step is the best so far, after a resume."""

@@ -110,6 +110,7 @@ def _is_main() -> bool:
 def _failed(error: Exception) -> int:
     """Says in one message what ended the run; what nobody foresaw is raised on, with its traceback."""
     from stillhouse.errors import StillhouseError
+    from student_trainer.checkpoint import CheckpointError
     from student_trainer.guards import Runaway
     from student_trainer.handover import WrongWeights
     from student_trainer.memory import DoesNotFit
@@ -126,9 +127,8 @@ def _failed(error: Exception) -> int:
         if _is_main():
             print(f"student-trainer: {error}: saved, --resume goes on from here", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 0
-    if isinstance(
-        error, DoesNotFit | NonFiniteLoss | Runaway | VerifierError | PeerFailed | SamplerLost | WrongWeights
-    ):
+    training = NonFiniteLoss | Runaway | DoesNotFit | CheckpointError
+    if isinstance(error, training | VerifierError | PeerFailed | SamplerLost | WrongWeights):
         print(f"student-trainer: {error}", file=sys.stderr)
         return 1
     raise error

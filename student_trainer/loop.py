@@ -54,6 +54,7 @@ def fit(parts: Parts, state: RunState, restored: list[InFlight]) -> str | None:
             except Stopped:
                 if saved != state.step:
                     _save(parts, state, pipeline.whole(), randomness)
+                parts.checkpoints.wait()
                 raise
             _publish(parts, row)
             runaway = state.guards.runaway(row, config.guards)
@@ -63,10 +64,11 @@ def fit(parts: Parts, state: RunState, restored: list[InFlight]) -> str | None:
             if last or best or _due(state.step, config.checkpoints.every_steps):
                 _save(parts, state, pipeline.whole(), random_state(parts.accelerator.device))
                 saved = state.step
+        parts.checkpoints.wait()
         return ended
     finally:
         pipeline.close()
-        parts.checkpoints.wait()
+        parts.checkpoints.join()  # after an error of this process alone the others do not come to a meeting
 
 
 def _step(parts: Parts, state: RunState, pipeline: Pipeline) -> None:

@@ -75,6 +75,12 @@ def token_losses(
     return TokenLosses(terms, clipped, weights)
 
 
+def is_active(objective: ObjectiveConfig, step: int) -> bool:
+    """Whether the objective has any term at `step`: otherwise there is nothing to back-propagate."""
+    terms = (*objective.divergences, *([objective.policy_gradient] if objective.policy_gradient else []))
+    return any(value_at(term.coefficient, step) != 0 for term in terms)
+
+
 def reduce_loss(token: TokenLosses, batch: Batch) -> Tensor:
     """The batch's share of the loss: sum over tokens of weight * (sum of terms)."""
     total = batch.token_weights.new_zeros(())

@@ -80,8 +80,6 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> dict[str,
         _check_trackers(config)
         with _refusing("student: "):
             accelerator = make_accelerator(config, device, config.run_dir)
-        if accelerator.num_processes > 1:
-            stack.callback(torch.distributed.destroy_process_group)
         processes = Processes(meeting_timeout_s(config))
         with processes.together():
             if processes.is_main:
@@ -100,6 +98,10 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> dict[str,
             return _run(config, folder, accelerator, processes, stop, stack, checkpoint, found)
         except Stopped as stopped:
             raise stop.outcome() from stopped
+        finally:
+            # Not after an error of this process alone: leaving a group can wait for the others.
+            if processes.count > 1 and sys.exception() is None:
+                torch.distributed.destroy_process_group()
 
 
 def _run(

@@ -18,7 +18,14 @@ from student_trainer.config import RunConfig
 from student_trainer.experience import Experience
 from student_trainer.memory import DoesNotFit, is_out_of_memory
 from student_trainer.metrics import TokenMeter, merged, observe, observe_samples
-from student_trainer.objective import NonFiniteLoss, TokenLosses, reduce_loss, refuse_non_finite, token_losses
+from student_trainer.objective import (
+    NonFiniteLoss,
+    TokenLosses,
+    is_active,
+    reduce_loss,
+    refuse_non_finite,
+    token_losses,
+)
 from student_trainer.parallel import sharded_modules
 from student_trainer.parts import Parts
 from student_trainer.reduction import token_weights
@@ -85,6 +92,7 @@ def _update(
     # A sharded model meets in every pass, so a process that has fewer makes empty ones; otherwise one pass is
     # enough to take part in the exchange of gradients.
     sharded = bool(sharded_modules(parts.policy))
+    active = is_active(config.objective, step)
     lots += [[] for _ in range((rounds if sharded else max(1, len(lots))) - len(lots))]
     total = torch.zeros((), dtype=torch.float64, device=parts.accelerator.device)
     passed: list[tuple[TokenLosses, Batch, torch.Tensor]] = []
@@ -93,11 +101,13 @@ def _update(
         syncing = contextlib.nullcontext() if last or sharded else parts.accelerator.no_sync(parts.policy)
         with syncing, _fitting(parts, lot, step):
             if not lot:
-                parts.accelerator.backward(_empty_pass(parts))
+                empty = _empty_pass(parts)
+                if active:
+                    parts.accelerator.backward(empty)
                 continue
             token, batch, logprobs = _pass(parts, lot, [weights[id(s)] for s in lot], step, meter, on_policy)
             loss = reduce_loss(token, batch)
-            if loss.requires_grad:  # not so if every coefficient is zero at this step
+            if active:
                 parts.accelerator.backward(loss * processes.count)
         total += loss.detach()
         passed.append((_detached(token), batch, logprobs.detach()))

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from student_trainer.config import ConfigError, load_config
+from student_trainer.config import ConfigError, StudentConfig, load_config
+from student_trainer.policy import CPU, load_model
 from student_trainer.train import train
 from tests.fakes import FakeServer, child_environment
 from tests.toy import ToyTeacher, save_student, write_config
@@ -187,6 +189,49 @@ def test_two_processes_stop_together_and_resume_to_the_same_weights(teacher, tmp
     again = start(configs[1])
     assert again.wait(timeout=100) == 0, again.stderr and again.stderr.read()
     _assert_same_run(tmp_path / "calm" / "run", tmp_path / "stopped" / "run", 8)
+
+
+def test_adapters_resume_to_the_same_weights(teacher, tmp_path):
+    runs = []
+    for name in ("calm", "stopped"):
+        lora = {"rank": 4, "dropout": 0.1}
+        student = {"model": str(tmp_path / name / "student"), "device": "cpu", "lora": lora}
+        config = _config(tmp_path / name, teacher.address, steps=6, student=student)
+        if name == "stopped":
+            process = _start(config)
+            _wait_for_step(tmp_path / name / "run", 4, process)
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+        _finish(config)
+        runs.append(tmp_path / name / "run")
+    assert _figures(runs[0]) == _figures(runs[1])
+    ours, theirs = (load_file(run / "checkpoints" / "step-6" / "adapter_model.safetensors") for run in runs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # And they are a model to whoever loads the directory.
+    assert _resumed(config)["steps"] == 6
+    merged = load_model(StudentConfig(model=runs[0] / "checkpoints" / "step-6"), CPU)
+    base = load_model(StudentConfig(model=tmp_path / "calm" / "student"), CPU)
+    changed = [not torch.equal(a, b) for a, b in zip(merged.parameters(), base.parameters(), strict=True)]
+    assert any(changed) and not all(changed)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_one_before_stands(teacher, tmp_path, monkeypatch):
+    import student_trainer.checkpoint as module
+
+    seal = module._seal
+
+    def full(folder: Path) -> None:
+        if "step-6" in folder.name:
+            raise OSError(28, "No space left on device")
+        seal(folder)
+
+    monkeypatch.setattr(module, "_seal", full)
+    with pytest.raises(module.CheckpointError, match=r"checkpoint could not be saved: .*No space left on device"):
+        _resumed(_config(tmp_path, teacher.address))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-3"]
+    monkeypatch.undo()
+    assert _resumed(tmp_path / "config.yaml")["steps"] == 12
 
 
 def _resumed(config: Path, *overrides: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from student_trainer import losses
 from student_trainer.batch import pack
 from student_trainer.logprobs import support_logprobs
-from student_trainer.objective import NonFiniteLoss, reduce_loss, refuse_non_finite, token_losses
+from student_trainer.objective import NonFiniteLoss, is_active, reduce_loss, refuse_non_finite, token_losses
 from student_trainer.objective_config import ObjectiveConfig
 from tests.unit.test_batch import make_sample
 
@@ -169,6 +169,17 @@ def test_sinkhorn_by_sequence_does_not_depend_on_the_batch():
         ids=batch.support_ids[rows],
     )
     torch.testing.assert_close(whole.terms["sinkhorn"][rows], alone)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [{"recipe": "opd_then_rl"}, {"divergences": [{"kind": "forward_kl", "coefficient": {3: 0.0, 4: 1.0}}]}],
+)
+def test_an_objective_is_active_where_it_has_a_gradient(objective):
+    for step in (0, 3, 4, 70):
+        token, batch, *_ = _terms(objective, step)
+        active = is_active(ObjectiveConfig.model_validate(objective), step)
+        assert active == reduce_loss(token, batch).requires_grad
 
 
 def test_the_loss_is_the_weighted_sum_of_all_terms():
