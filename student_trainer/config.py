@@ -95,6 +95,8 @@ class VllmConfig(ConfigModel):
     """Most answers generated at once; null: rollout.batch_size."""
     enforce_eager: bool = False
     """Start without compiling: faster to start, slower to run."""
+    stall_s: float = Field(default=3600.0, gt=0)
+    """The run ends when no answer has ended for so long: an engine that hangs says nothing."""
 
 
 class RolloutConfig(ConfigModel):

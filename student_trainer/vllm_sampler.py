@@ -90,6 +90,8 @@ class VllmOptions:
     """Most answers generated at once; None: the rollout configuration's batch_size."""
     enforce_eager: bool = False
     """No compilation and no CUDA graphs: starts faster, runs slower. Always so on a CPU."""
+    stall_s: float = 3600.0
+    """The engine is taken for lost when no answer has ended for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,7 @@ class VllmSampler:
         self._config = config
         self._eos_ids = sorted(eos_ids)
         self._candidates = min(candidates, vocabulary_size)
+        self._stall_s = options.stall_s
         self._request_ids = itertools.count()
         self._sampling = 0  # how many `sample` are under way
         arguments = {
@@ -186,11 +189,18 @@ class VllmSampler:
         try:
             tasks = self._call(self._start(prompts, answers, seed, ended))
             try:
-                left = len(tasks)
+                left, ended_s = len(tasks), time.monotonic()
                 while left:
                     lot = _drain(ended)
                     if stop():
                         return
+                    if lot:
+                        ended_s = time.monotonic()
+                    elif time.monotonic() - ended_s > self._stall_s:
+                        raise SamplerLost(
+                            f"the rollout engine has ended no answer for {self._stall_s:.0f} s (rollout.vllm.stall_s), "
+                            f"{left} are missing; its log may say why"
+                        )
                     for answer in lot:
                         if isinstance(answer, BaseException):
                             raise answer

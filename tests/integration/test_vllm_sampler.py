@@ -242,6 +242,28 @@ def lose_engine() -> list[str]:
     return said
 
 
+def stall() -> str:
+    """The engine stands still while it samples, and goes on afterwards."""
+    import os
+    import signal
+
+    from student_trainer.prompts import Prompt
+    from student_trainer.sampler import SamplerLost
+
+    prompts = [Prompt("a", "a", None, (5, 6, 7), None, {})]
+    allowed_s, sampler._stall_s = sampler._stall_s, 1.0
+    engine = sampler._processes[0].pid
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        list(sampler.sample(prompts, 4, seed=1))
+    except SamplerLost as error:
+        return str(error)
+    finally:
+        os.kill(engine, signal.SIGCONT)
+        sampler._stall_s = allowed_s
+    return "it sampled"
+
+
 def home_of_sampler() -> str:
     return str(sampler._home.path)
 
@@ -449,6 +471,12 @@ def test_the_terminals_interrupt_reaches_the_trainer_alone(untied: Trainer) -> N
 
 
 # The last of each engine
+
+
+def test_an_engine_that_hangs_is_given_up_in_the_end(untied: Trainer) -> None:
+    said = untied.run(stall)
+    assert said.startswith("the rollout engine has ended no answer for 1 s (rollout.vllm.stall_s), 4 are missing")
+    assert_of_the_model(untied, 1.0)  # this one came back
 
 
 def test_an_engine_that_is_killed_is_said_to_be_lost(untied: Trainer) -> None:

@@ -43,9 +43,9 @@ def make_sample(
     return Sample(rollout, 0, 1.0, True, False, 0.5, 1.0, scores if scored else None)
 
 
-def _pack(samples: list[Sample]):
+def _pack(samples: list[Sample], packed: bool = False):
     weights = [np.ones(len(sample.rollout.response_ids)) for sample in samples]
-    return pack(samples, weights, eos_ids={9}, pad_id=0)
+    return pack(samples, weights, eos_ids={9}, pad_id=0, packed=packed)
 
 
 SAMPLES = [
@@ -125,3 +125,42 @@ def test_the_sampled_token_is_the_last_candidate():
     asked = candidates_for_teacher(rollout)
     assert np.array_equal(asked[:, -1], rollout.response_ids)
     assert np.array_equal(asked[:, :-1], rollout.candidate_ids)
+
+
+def test_packed_sequences_stand_behind_each_other_and_say_where_each_begins():
+    batch, padded = _pack(SAMPLES, packed=True), _pack(SAMPLES)
+    assert batch.input_ids.shape[0] == 1 and batch.position_ids is not None and padded.position_ids is None
+    sizes = [len(sample.rollout.token_ids) for sample in SAMPLES]
+    assert batch.position_ids[0].tolist() == [place for size in sizes for place in range(size)]
+    flat = [int(token) for sample in SAMPLES for token in sample.rollout.token_ids]
+    assert batch.input_ids[0].tolist() == flat
+    # The same tokens are predicted from the same places of their sequences, and all else is the same.
+    assert batch.input_ids[0][batch.rows + 1].tolist() == padded.targets.tolist()
+    for name in ("targets", "sequence", "support_ids", "support_present", "target_column", "positions"):
+        assert torch.equal(getattr(batch, name), getattr(padded, name))
+
+
+@pytest.mark.parametrize("limit", [1, 6, 7, 13, 1000])
+def test_packed_micro_batches_count_no_padding(limit):
+    samples = [make_sample([1] * n, [2] * m, seed=n * 10 + m) for n in (1, 3, 5) for m in (1, 2)]
+    lots = micro_batches(samples, limit, packed=True)
+    assert sorted(id(s) for lot in lots for s in lot) == sorted(map(id, samples))
+    sizes = [sum(len(sample.rollout.token_ids) for sample in lot) for lot in lots]
+    assert all(size <= limit or len(lot) == 1 for size, lot in zip(sizes, lots, strict=True))
+    if limit == 1000:
+        assert len(lots) == 1
+
+
+def test_the_overlap_marks_the_teachers_top_tokens_that_are_candidates_of_the_student():
+    batch = _pack(SAMPLES)
+    assert batch.overlap is not None
+    row = 0
+    for sample in SAMPLES:
+        assert sample.scores is not None
+        for position in range(len(sample.rollout.response_ids)):
+            top = sample.scores.top_ids[position].tolist()
+            candidates = sample.rollout.candidate_ids[position].tolist()
+            wanted = [token in candidates for token in top]
+            found = batch.overlap[row].tolist()
+            assert found[: len(top)] == wanted and not any(found[len(top) :])
+            row += 1

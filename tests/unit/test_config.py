@@ -1,11 +1,21 @@
 """Every fault of a configuration is one message that names field, value and fix."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from student_trainer.config import ConfigError, RunConfig, dump_config, load_config
+from student_trainer.config import (
+    MAY_CHANGE,
+    ConfigError,
+    RunConfig,
+    _models_in,
+    changed_keys,
+    dump_config,
+    load_config,
+    plain_config,
+)
 from student_trainer.objective_config import RECIPES, ObjectiveConfig
 
 BASE = {
@@ -147,3 +157,48 @@ def test_the_resolved_configuration_loads_again_unchanged(tmp_path):
     path = tmp_path / "resolved.yaml"
     path.write_text(dump_config(config))
     assert load_config(path, []) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["rollout.engine=vllm", "rollout.top_p=0.9"],
+            ("rollout.top_p is 0.9 with the vllm engine", "rollout.engine to transformers"),
+        ),
+        (
+            ["student.mixed_precision=bf16", "student.dtype=bfloat16"],
+            ("mixed_precision is bf16 and dtype bfloat16", "set dtype: float32"),
+        ),
+        (["rollout.batches_ahead=9"], ("rollout.batches_ahead", "got 9")),
+        (["objective.importance={kind: clip}"], ("objective.importance.kind", "got 'clip'")),
+        (["trackers=[mlflow]"], ("trackers.0", "got 'mlflow'")),
+        (["student.lora={rank: 0}"], ("student.lora.rank", "got 0")),
+        (["guards.kl_ratio=0.5"], ("guards.kl_ratio", "got 0.5")),
+    ],
+)
+def test_what_long_runs_add_is_checked_too(tmp_path, overrides, parts):
+    message = _message(tmp_path, overrides=overrides)
+    for part in parts:
+        assert part in message
+
+
+def test_changed_keys_are_named_one_by_one_and_those_that_may_change_are_not(tmp_path):
+    before = plain_config(_load(tmp_path))
+    assert changed_keys(before, before) == []
+    now = plain_config(_load(tmp_path, overrides=["seed=5", "rollout.temperature=0.5", "steps=9", "run_dir=elsewhere"]))
+    assert changed_keys(before, now) == ["rollout.temperature: 1.0 then, 0.5 now", "seed: 0 then, 5 now"]
+    assert changed_keys(before, plain_config(_load(tmp_path, {"evaluation": None}))) == []
+    scheduled = {"objective": {"divergences": [{"kind": "reverse_kl", "coefficient": {0: 1.0, 5: 0.5}}]}}
+    schedule = plain_config(_load(tmp_path, scheduled))
+    assert changed_keys(json.loads(json.dumps(schedule)), schedule) == []
+
+
+def test_every_key_that_may_change_exists():
+    """A renamed key would silently be compared again, or never."""
+    for key in MAY_CHANGE:
+        models: list = [RunConfig]
+        for part in key.split("."):
+            found = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+            assert found, key
+            models = [model for annotation in found for model in _models_in(annotation)]
