@@ -21,7 +21,7 @@ import transformers
 import yaml
 
 from tests.fakes import FakeServer, child_environment
-from tests.toy import EOS, HEAD_ROWS, ToyTeacher, save_student
+from tests.toy import EOS, ToyTeacher, save_student
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,21 +73,18 @@ def teacher() -> Iterator[Teacher]:
 
 def student(folder: Path, *, hidden_size: int, layers: int) -> Path:
     """A llama that hardly ever ends an answer, so that all have full length."""
-    save_student(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=HEAD_ROWS,
+    heads = hidden_size // 32
+    save_student(
+        folder,
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
         num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 32,
-        num_key_value_heads=hidden_size // 32,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=8192,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
+        initializer_range=0.02,
     )
-    model = transformers.LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
     # The hidden state has a large constant part, and the end token's row is its opposite.
     model.model.norm.weight.data.fill_(0.1)
     model.model.embed_tokens.weight.data[:, 0] = 1.0

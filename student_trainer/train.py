@@ -30,7 +30,7 @@ from student_trainer.config import (
 )
 from student_trainer.evaluate import describe as describe_result
 from student_trainer.evaluate import evaluate
-from student_trainer.experience import InFlight, Judge
+from student_trainer.experience import InFlight
 from student_trainer.handover import HandOver
 from student_trainer.loop import fit
 from student_trainer.metrics import Exporter
@@ -46,24 +46,28 @@ from student_trainer.policy import (
     resolve_device,
     student_vocabulary,
 )
+from student_trainer.problems import Problems, load_held_out, load_problems, longest, refusing, warn_of_overlap
 from student_trainer.processes import Processes
-from student_trainer.prompts import Prompt, PromptOrder, PromptsConfig, load_prompts
+from student_trainer.prompts import Prompt, PromptOrder
 from student_trainer.resuming import check_identity, check_resumed, finished, prompts_digest, published, restore
 from student_trainer.run_dir import Claim, RunDir
 from student_trainer.sampler import Sampler, TransformersSampler, eos_ids
 from student_trainer.scoring import Scorer, check_lengths, connect
 from student_trainer.stopping import Stopped, StopRequest
-from student_trainer.verifiers import build_verifier
-from student_trainer.verifiers import verify as judge_answer
 
 
 @dataclass(frozen=True, slots=True)
-class _Problems:
-    """Prompts and who judges the answers."""
+class _Setting:
+    """What a run begins with."""
 
-    prompts: list[Prompt]
-    judge: Judge
-    pass_threshold: float
+    config: RunConfig
+    folder: Path  # of the configuration file
+    accelerator: Accelerator
+    processes: Processes
+    stop: StopRequest
+    stack: contextlib.ExitStack  # what is closed at the end, however that comes
+    checkpoint: Path | None  # to go on from
+    found: dict[str, Any] | None  # its trainer.json
 
 
 def train(config: RunConfig, folder: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -78,7 +82,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> dict[str,
         stop = stack.enter_context(StopRequest())
         device = resolve_device(config.student.device)
         _check_trackers(config)
-        with _refusing("student: "):
+        with refusing("student: "):
             accelerator = make_accelerator(config, device, config.run_dir)
         processes = Processes(meeting_timeout_s(config))
         with processes.together():
@@ -95,7 +99,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> dict[str,
                 if (summary := finished(config, found)) is not None:
                     return summary
         try:
-            return _run(config, folder, accelerator, processes, stop, stack, checkpoint, found)
+            return _run(_Setting(config, folder, accelerator, processes, stop, stack, checkpoint, found))
         except Stopped as stopped:
             raise stop.outcome() from stopped
         finally:
@@ -104,22 +108,14 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> dict[str,
                 torch.distributed.destroy_process_group()
 
 
-def _run(
-    config: RunConfig,
-    folder: Path,
-    accelerator: Accelerator,
-    processes: Processes,
-    stop: StopRequest,
-    stack: contextlib.ExitStack,
-    checkpoint: Path | None,
-    found: dict[str, Any] | None,
-) -> dict[str, Any]:
+def _run(setting: _Setting) -> dict[str, Any]:
     """Builds the parts, evaluates, trains, evaluates; writes and returns the summary."""
+    config, processes, checkpoint, found = setting.config, setting.processes, setting.checkpoint, setting.found
     with processes.together():
-        checked = _check(config, folder, accelerator, processes, stop, stack, checkpoint)
+        checked = _check(setting)
         if found is not None and checkpoint is not None:
             check_identity(checkpoint, found["identity"], checked.identity)
-    parts = _build(config, checked, accelerator, processes, stop, stack, checkpoint)
+    parts = _build(setting, checked)
     state = RunState(PassRates(config.objective.prompt_weights.decay if config.objective.prompt_weights else 0.0))
     restored: list[InFlight] = []
     if checkpoint is not None and found is not None:
@@ -133,9 +129,9 @@ def _run(
         if processes.is_main:
             print(f"{'resuming after' if found else 'starting at'} step {state.step}", file=sys.stderr, flush=True)
     if config.trackers:
-        with _refusing("trackers: "):
-            accelerator.init_trackers("stillhouse", config=_numbers(plain_config(config)))
-        stack.callback(accelerator.end_training)
+        with refusing("trackers: "):
+            setting.accelerator.init_trackers("stillhouse", config=_numbers(plain_config(config)))
+        setting.stack.callback(setting.accelerator.end_training)
     start_s = time.monotonic()
     if parts.evaluate and state.before is None and state.step == 0:
         parts.hand_over(0)
@@ -172,8 +168,8 @@ class _Checked:
     """What is known to fit together before anything is written."""
 
     tokenizer: Any
-    problems: _Problems
-    held_out: _Problems | None
+    problems: Problems
+    held_out: Problems | None
     order: PromptOrder
     scorer: Scorer | None
     model: Any  # as it is saved
@@ -181,38 +177,31 @@ class _Checked:
     identity: dict[str, Any]  # of what a resumed run has to have again
 
 
-def _check(
-    config: RunConfig,
-    folder: Path,
-    accelerator: Accelerator,
-    processes: Processes,
-    stop: StopRequest,
-    stack: contextlib.ExitStack,
-    checkpoint: Path | None,
-) -> _Checked:
+def _check(setting: _Setting) -> _Checked:
     """Loads prompts, verifiers, teacher and model, and refuses what does not fit."""
+    config, folder = setting.config, setting.folder
     tokenizer = load_tokenizer(config.student.model)
-    problems = _problems(config.prompts, tokenizer, folder)
-    held_out = _held_out(config.evaluation, tokenizer, folder) if config.evaluation else None
-    if held_out and processes.is_main:
-        _warn_of_overlap(problems.prompts, held_out.prompts)
+    problems = load_problems(config.prompts, tokenizer, folder)
+    held_out = load_held_out(config.evaluation, tokenizer, folder) if config.evaluation else None
+    if held_out and setting.processes.is_main:
+        warn_of_overlap(problems.prompts, held_out.prompts)
     order = PromptOrder(problems.prompts, config.seed)
-    with _refusing("rollout."):
+    with refusing("rollout."):
         order.batch(0, config.rollout.prompts_per_step)  # more prompts a step than there are
-    if config.rollout.prompts_per_step < processes.count:
+    prompts, processes = config.rollout.prompts_per_step, setting.processes.count
+    if prompts < processes:
         raise ConfigError(
-            f"rollout.prompts_per_step: {config.rollout.prompts_per_step} for {processes.count} processes; each "
-            "needs at least one prompt"
+            f"rollout.prompts_per_step: {prompts} for {processes} processes; each needs at least one prompt"
         )
     scorer = None
     if config.teacher and config.objective.needs_teacher:
-        scorer = connect(config, config.teacher, tokenizer, stop=stop)
-        stack.callback(scorer.close)
+        scorer = connect(config, config.teacher, tokenizer, stop=setting.stop)
+        setting.stack.callback(scorer.close)
         limit = scorer.teacher.max_sequence_tokens
-        check_lengths(_longest(problems.prompts), config.rollout.max_new_tokens, limit, "teacher")
+        check_lengths(longest(problems.prompts), config.rollout.max_new_tokens, limit, "teacher")
     set_seed(config.seed)  # the same in every process: new adapters begin with random numbers
-    with _refusing("student.model: "):
-        model = load_model(config.student, accelerator.device, checkpoint)
+    with refusing("student.model: "):
+        model = load_model(config.student, setting.accelerator.device, setting.checkpoint)
         size = student_vocabulary(plain_model(model), tokenizer)
     _check_context(config, model, problems.prompts + (held_out.prompts if held_out else []))
     student = Policy(plain_model(model), size)
@@ -226,16 +215,9 @@ def _check(
     return _Checked(tokenizer, problems, held_out, order, scorer, model, student, identity)
 
 
-def _build(
-    config: RunConfig,
-    checked: _Checked,
-    accelerator: Accelerator,
-    processes: Processes,
-    stop: StopRequest,
-    stack: contextlib.ExitStack,
-    checkpoint: Path | None,
-) -> Parts:
+def _build(setting: _Setting, checked: _Checked) -> Parts:
     """Everything the loop works with. A meeting; nothing is written yet."""
+    config, processes, accelerator, stack = setting.config, setting.processes, setting.accelerator, setting.stack
     student, scorer, held_out = checked.student, checked.scorer, checked.held_out
     optimizer = _optimizer(student, config.optimizer)
     warmup = max(1, config.optimizer.warmup_steps)
@@ -243,7 +225,7 @@ def _build(
     policy, optimizer = accelerator.prepare(student, optimizer)
     set_seed(config.seed, device_specific=True)  # what is random while training (dropout) differs by process
     with processes.together():
-        sampler = _sampler(config, checked, accelerator, policy, checkpoint)
+        sampler = _sampler(setting, checked, policy)
         stack.callback(sampler.close)
         hand_over = _nothing_to_hand_over
         if sampler.owns_weights:
@@ -260,7 +242,7 @@ def _build(
         stack.callback(run_dir.close)
     assess = None
     if held_out and config.evaluation:
-        assess = _evaluator(config, config.evaluation, held_out, sampler, processes, stop)
+        assess = _evaluator(config, config.evaluation, held_out, sampler, processes, setting.stop)
     return Parts(
         config=config,
         policy=policy,
@@ -286,7 +268,7 @@ def _build(
         identity=checked.identity,
         exporter=exporter,
         evaluate=assess,
-        stop=stop,
+        stop=setting.stop,
     )
 
 
@@ -311,10 +293,9 @@ def _numbers(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _sampler(
-    config: RunConfig, checked: _Checked, accelerator: Accelerator, policy: Any, checkpoint: Path | None
-) -> Sampler:
+def _sampler(setting: _Setting, checked: _Checked, policy: Any) -> Sampler:
     """The rollout engine of this process."""
+    config, accelerator, checkpoint = setting.config, setting.accelerator, setting.checkpoint
     model, tokenizer, size = checked.student.model, checked.tokenizer, checked.student.vocabulary_size
     candidates = config.teacher.candidates if checked.scorer and config.teacher else 0
     if config.rollout.engine == "vllm":
@@ -336,7 +317,7 @@ def _sampler(
             vocabulary_size=size,
             candidates=candidates,
             dtype="bfloat16" if half else "float32",
-            max_sequence_tokens=_longest(prompts) + config.rollout.max_new_tokens,
+            max_sequence_tokens=longest(prompts) + config.rollout.max_new_tokens,
             options=VllmOptions(**config.rollout.vllm.model_dump()),
         )
 
@@ -355,8 +336,8 @@ def evaluate_only(config: RunConfig, folder: Path) -> dict[str, Any]:
     if config.evaluation is None:
         raise ConfigError("evaluation: is missing; add evaluation.prompts to the configuration")
     tokenizer = load_tokenizer(config.student.model)
-    held_out = _held_out(config.evaluation, tokenizer, folder)
-    with _refusing("student.model: "):
+    held_out = load_held_out(config.evaluation, tokenizer, folder)
+    with refusing("student.model: "):
         plain = config.student.model_copy(update={"lora": None})
         model = load_model(plain, resolve_device(config.student.device))
         size = student_vocabulary(model, tokenizer)
@@ -365,66 +346,17 @@ def evaluate_only(config: RunConfig, folder: Path) -> dict[str, Any]:
     return _evaluator(config, config.evaluation, held_out, sampler, Processes(), StopRequest())(0)
 
 
-@contextlib.contextmanager
-def _refusing(field: str = "") -> Generator[None]:
-    """Turns a ValueError about the user's input into a ConfigError: nothing has been started yet."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{field}{error}") from error
-
-
-def _problems(config: PromptsConfig, tokenizer: Any, folder: Path, within: str = "") -> _Problems:
-    with _refusing(within):
-        prompts = load_prompts(config, tokenizer, folder=folder)
-        verifier = build_verifier(config.verifier, config, prompts, folder=folder)
-    on_error = config.verifier.on_error
-    return _Problems(
-        prompts,
-        lambda prompt, completion: judge_answer(verifier, prompt, completion, on_error),
-        config.verifier.pass_threshold,
-    )
-
-
-def _held_out(config: EvaluationConfig, tokenizer: Any, folder: Path) -> _Problems:
-    problems = _problems(config.prompts, tokenizer, folder, "evaluation.")
-    if len(problems.prompts) < config.num_prompts:
-        raise ConfigError(
-            f"evaluation.num_prompts: {config.num_prompts}, but evaluation.prompts gives {len(problems.prompts)}; "
-            "lower it or give more prompts"
-        )
-    return _Problems(problems.prompts[: config.num_prompts], problems.judge, problems.pass_threshold)
-
-
-def _longest(prompts: list[Prompt]) -> int:
-    return max(len(prompt.token_ids) for prompt in prompts)
-
-
 def _check_context(config: RunConfig, model: Any, prompts: list[Prompt]) -> None:
     """Refuses answers that would run past the positions the student knows."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None:
-        check_lengths(_longest(prompts), config.rollout.max_new_tokens, limit, "student")
-
-
-def _warn_of_overlap(prompts: list[Prompt], held_out: list[Prompt]) -> None:
-    """Held-out problems that are trained on measure memory; whether that is meant is the user's to say."""
-    trained = {prompt.text for prompt in prompts}
-    shared = sum(prompt.text in trained for prompt in held_out)
-    if shared:
-        print(
-            f"warning: {shared} of the {len(held_out)} held-out prompts are also trained on; give "
-            "evaluation.prompts another file, or a seed at least `size` away",
-            file=sys.stderr,
-        )
+        check_lengths(longest(prompts), config.rollout.max_new_tokens, limit, "student")
 
 
 def _evaluator(
     config: RunConfig,
     evaluation: EvaluationConfig,
-    held_out: _Problems,
+    held_out: Problems,
     sampler: Sampler,
     processes: Processes,
     stop: StopRequest,

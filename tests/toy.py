@@ -52,24 +52,24 @@ def broken_verifier(completion: str, answer: Any, entry: dict[str, Any]) -> floa
     return 1.0
 
 
-def save_student(directory: Path, seed: int = 0) -> Path:
-    """A llama of one layer with a padded, untied head."""
+def save_student(directory: Path, seed: int = 0, **shape: Any) -> Path:
+    """A llama of one layer with a padded, untied head, unless `shape` says otherwise."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=HEAD_ROWS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    settings = {
+        "vocab_size": HEAD_ROWS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.2,
+    }
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | shape))).save_pretrained(directory)
     save_tokenizer(directory, VOCABULARY_SIZE)
     return directory
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 import yaml
 
 from tests.fakes import FakeServer
 from tests.servers import environment, interpreter
-from tests.toy import EOS, HEAD_ROWS, ToyTeacher, write_config
+from tests.toy import ToyTeacher, save_student, write_config
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +29,7 @@ def _config(folder: Path, address: str, **changes: Any) -> Path:
     data = yaml.safe_load(path.read_text())
     data["rollout"] = rollout | {"vllm": {"kv_cache_bytes": 2**27}} | changes.get("rollout", {})
     path.write_text(yaml.safe_dump(data))
-    shape = transformers.LlamaConfig(
-        vocab_size=HEAD_ROWS,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    transformers.LlamaForCausalLM(shape).save_pretrained(folder / "student")
+    save_student(folder / "student", hidden_size=64, num_key_value_heads=2, tie_word_embeddings=True)
     return path
 
 
