@@ -62,6 +62,9 @@ class Checkpoints:
         self._best: int | None = None
         self.saving_s = 0.0
         """How long the last save held the run up."""
+        if processes.is_main:
+            for partial in folder.glob(".step-*.partial"):  # of a save that was killed
+                shutil.rmtree(partial)
 
     def save(
         self,

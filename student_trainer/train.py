@@ -84,6 +84,11 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> dict[str,
         _check_trackers(config)
         with refusing("student: "):
             accelerator = make_accelerator(config, device, config.run_dir)
+        if device.type != accelerator.device.type or device.index not in (None, accelerator.device.index):
+            raise ConfigError(
+                f"student.device: {device}, but this process has {accelerator.device}; choose the GPU with "
+                "CUDA_VISIBLE_DEVICES and set student.device to auto"
+            )
         processes = Processes(meeting_timeout_s(config))
         with processes.together():
             if processes.is_main:
