@@ -8,7 +8,6 @@ accelerator. It sleeps meanwhile, as a teacher on another machine would as far a
 import contextlib
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import time
@@ -136,13 +135,6 @@ def run(config: Path, *, processes: int = 1, threads: int = 1) -> list[dict[str,
         raise RuntimeError(f"{config}: ended with {done.returncode}:\n{done.stderr[-3000:]}")
     path = Path(yaml.safe_load(config.read_text())["run_dir"]) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def busy_s() -> float:
-    """Processor time that the machine has spent so far, on all cores."""
-    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    idle = int(fields[3]) + int(fields[4])
-    return (sum(map(int, fields[:8])) - idle) / os.sysconf("SC_CLK_TCK")
 
 
 def write(name: str, result: dict[str, Any]) -> None:

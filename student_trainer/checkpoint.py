@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import threading
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,8 +59,6 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._best: int | None = None
-        self.saving_s = 0.0
-        """How long the last save held the run up."""
         if processes.is_main:
             for partial in folder.glob(".step-*.partial"):  # of a save that was killed
                 shutil.rmtree(partial)
@@ -82,7 +79,6 @@ class Checkpoints:
 
         trainer: what trainer.json holds. write_process(path): writes this process's own part. best: so far.
         """
-        start_s = time.monotonic()
         self.wait()
         final, partial = self.folder / f"step-{step}", self.folder / f".step-{step}.partial"
         if best:
@@ -121,7 +117,6 @@ class Checkpoints:
         self._writer.start()
         if not self._background:
             self.wait()
-        self.saving_s = time.monotonic() - start_s
 
     def wait(self) -> None:
         """Until the last save is on disk. Raises what kept it from that, on every process: a meeting."""

@@ -90,7 +90,7 @@ class VllmConfig(ConfigModel):
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     """Share of the GPU's memory it may take; null: vLLM's own default. Leave room for the trainer beside it."""
     kv_cache_bytes: int | None = Field(default=None, ge=1)
-    """Memory of its key-value cache; null: what it finds free."""
+    """Memory of its key-value cache; null: what it finds free, on a CPU 2 GiB."""
     max_num_seqs: int | None = Field(default=None, ge=1)
     """Most answers generated at once; null: rollout.batch_size."""
     enforce_eager: bool = False
