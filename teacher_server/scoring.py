@@ -78,4 +78,5 @@ def scores_of(teacher: Teacher, task: ScoreTask, rows: dict[str, np.ndarray]) ->
         model=teacher.model,
         model_revision=teacher.model_revision,
         temperature=task.temperature,
+        compute_dtype=teacher.compute_dtype,
     )

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from stillhouse.codec import ScoreTask, Teacher
+from stillhouse.codec import MAX_PRIORITY, ScoreTask, Teacher
 from stillhouse.errors import (
     CandidatesOutOfRange,
     InvalidRequest,
@@ -40,6 +40,13 @@ def check_task(task: ScoreTask, teacher: Teacher) -> None:
     _check_top_k(task, teacher)
     _check_candidates(task, teacher)
     _check_temperature(task, teacher)
+    if abs(task.priority) > MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority is {task.priority}; it must be -{MAX_PRIORITY} .. {MAX_PRIORITY}",
+            field="priority",
+            value=task.priority,
+            max=MAX_PRIORITY,
+        )
     if task.response_bytes > teacher.max_response_bytes:
         raise ResponseTooLarge(
             f"the answer would have {task.response_bytes} bytes; the server sends at most "
@@ -58,6 +65,14 @@ def _check_pins(task: ScoreTask, teacher: Teacher) -> None:
             field="expected_model_revision",
             value=task.expected_model_revision,
             served=teacher.model_revision,
+        )
+    if task.expected_compute_dtype not in ("", teacher.compute_dtype):
+        raise ModelRevisionMismatch(
+            f"expected_compute_dtype is {task.expected_compute_dtype!r}; this server computes in "
+            f"{teacher.compute_dtype!r}: serve one pool with one --dtype",
+            field="expected_compute_dtype",
+            value=task.expected_compute_dtype,
+            served=teacher.compute_dtype,
         )
     if task.expected_vocabulary_digest not in ("", teacher.vocabulary_digest):
         served = repr(teacher.vocabulary_digest) if teacher.vocabulary_digest else "no tokenizer and cannot say"

@@ -73,6 +73,7 @@ class BigramTeacher:
             queue_wait_ms=0.5,
             engine_ms=1.5,
             batch_sequences=1,
+            compute_dtype="float64",
         )
 
     def describe(self) -> Teacher:

@@ -110,7 +110,9 @@ class AsyncTeacherClient:
         temperature: default 1. Log-probabilities are in nats over the whole vocabulary at it, float32.
         deadline_s: default 30, retries included.
         half_precision: the top-k and the candidates travel as float16; default False.
-        expected_model_revision, expected_vocabulary_digest: what `get_teacher` promised; default not checked.
+        expected_model_revision, expected_vocabulary_digest, expected_compute_dtype: what `get_teacher` promised;
+        default not checked.
+        priority: -100 .. 100, which of this tenant's requests go first while they wait; default 0.
 
         Raises ValueError for arguments that can never be right, when called; `stillhouse.errors` when
         awaited.

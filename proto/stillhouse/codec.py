@@ -27,6 +27,9 @@ _ELEMENT_TYPES: dict[np.dtype[Any], pb.ElementType] = {
     np.dtype("<f2"): pb.ELEMENT_TYPE_FLOAT16,
 }
 
+MAX_PRIORITY = 100
+"""Priorities are -100 .. 100."""
+
 FloatArray = NDArray[np.floating[Any]]
 
 
@@ -43,6 +46,8 @@ class ScoreTask:
     expected_model_revision: str = ""
     expected_vocabulary_digest: str = ""
     half_precision: bool = False  # top-k and candidate log-probabilities travel as float16
+    expected_compute_dtype: str = ""
+    priority: int = 0  # among the caller's own requests; higher goes first
 
     @property
     def num_scored(self) -> int:
@@ -97,6 +102,7 @@ class Scores:
     queue_wait_ms: float = 0.0
     engine_ms: float = 0.0
     batch_sequences: int = 0
+    compute_dtype: str = ""
 
     @property
     def top_logits(self) -> FloatArray:
@@ -171,6 +177,8 @@ def encode_request(task: ScoreTask) -> pb.ScoreRequest:
         expected_model_revision=task.expected_model_revision,
         expected_vocabulary_digest=task.expected_vocabulary_digest,
         logprob_dtype=pb.ELEMENT_TYPE_FLOAT16 if task.half_precision else pb.ELEMENT_TYPE_FLOAT32,
+        expected_compute_dtype=task.expected_compute_dtype,
+        priority=task.priority,
     )
     if task.candidate_ids is not None and task.num_candidates:
         request.candidate_ids.CopyFrom(encode_array(task.candidate_ids))
@@ -199,6 +207,8 @@ def decode_request(request: pb.ScoreRequest) -> ScoreTask:
         expected_model_revision=request.expected_model_revision,
         expected_vocabulary_digest=request.expected_vocabulary_digest,
         half_precision=request.logprob_dtype == pb.ELEMENT_TYPE_FLOAT16,
+        expected_compute_dtype=request.expected_compute_dtype,
+        priority=request.priority,
     )
 
 
@@ -218,6 +228,7 @@ def encode_response(task: ScoreTask, scores: Scores) -> pb.ScoreResponse:
             model=scores.model,
             model_revision=scores.model_revision,
             temperature=task.temperature,
+            compute_dtype=scores.compute_dtype,
         ),
         timings=pb.Timings(
             queue_wait_ms=scores.queue_wait_ms,
@@ -268,6 +279,7 @@ def decode_response(task: ScoreTask, response: pb.ScoreResponse) -> Scores:
         queue_wait_ms=response.timings.queue_wait_ms,
         engine_ms=response.timings.engine_ms,
         batch_sequences=response.timings.batch_sequences,
+        compute_dtype=response.echo.compute_dtype,
     )
 
 
@@ -280,6 +292,11 @@ def _check_echo(task: ScoreTask, echo: pb.Echo) -> None:
         raise WrongAnswer(
             f"the answer was made by revision {echo.model_revision!r}, not the pinned {task.expected_model_revision!r}",
             field="model_revision",
+        )
+    if task.expected_compute_dtype and echo.compute_dtype != task.expected_compute_dtype:
+        raise WrongAnswer(
+            f"the answer was computed in {echo.compute_dtype!r}, not the pinned {task.expected_compute_dtype!r}",
+            field="compute_dtype",
         )
     if echo.temperature != task.temperature:
         raise WrongAnswer(

@@ -17,7 +17,10 @@ caller to come again carry `google.rpc.RetryInfo`.
 | `UnknownModel`        | NOT_FOUND           | `UNKNOWN_MODEL`           | no |
 | `ModelRevisionMismatch`| FAILED_PRECONDITION| `MODEL_REVISION_MISMATCH` | no |
 | `VocabularyMismatch`  | FAILED_PRECONDITION | `VOCABULARY_MISMATCH`     | no |
+| `Unauthenticated`     | UNAUTHENTICATED     | `UNAUTHENTICATED`         | no |
+| `PermissionDenied`    | PERMISSION_DENIED   | `PERMISSION_DENIED`       | no |
 | `Overloaded`          | RESOURCE_EXHAUSTED  | `OVERLOADED`              | yes, after its delay |
+| `QuotaExceeded`       | RESOURCE_EXHAUSTED  | `QUOTA_EXCEEDED`          | yes, after its delay |
 | `OutOfMemory`         | RESOURCE_EXHAUSTED  | `OUT_OF_MEMORY`           | no |
 | `Unavailable`         | UNAVAILABLE         | `UNAVAILABLE`             | yes |
 | `DeadlineExceeded`    | DEADLINE_EXCEEDED   | `DEADLINE_EXCEEDED`       | no |
@@ -132,11 +135,33 @@ class VocabularyMismatch(StillhouseError):
     reason = "VOCABULARY_MISMATCH"
 
 
+class Unauthenticated(StillhouseError):
+    """The server does not know who asks: no certificate or token, or one it does not accept."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(StillhouseError, PermissionError):
+    """The server knows who asks, and the tenant may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
+
+
 class Overloaded(StillhouseError):
-    """The server's queue is full; come again after `retry_delay_s`."""
+    """The server's queue is full, or the answer could not be ready in time; come again after `retry_delay_s`."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "OVERLOADED"
+    retryable = True
+
+
+class QuotaExceeded(StillhouseError):
+    """The tenant has used what it may for now; come again after `retry_delay_s`."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "QUOTA_EXCEEDED"
     retryable = True
 
 
@@ -215,6 +240,8 @@ _BY_BARE_CODE: dict[grpc.StatusCode, type[StillhouseError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
 }
 
 

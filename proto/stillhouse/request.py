@@ -11,7 +11,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stillhouse.codec import ScoreTask
+from stillhouse.codec import MAX_PRIORITY, ScoreTask
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -23,6 +23,8 @@ class ScoreOptions(TypedDict, total=False):
     half_precision: bool
     expected_model_revision: str
     expected_vocabulary_digest: str
+    expected_compute_dtype: str
+    priority: int
 
 
 def make_task(model: str, token_ids: ArrayLike, score_start: int, top_k: int, options: ScoreOptions) -> ScoreTask:
@@ -38,6 +40,8 @@ def make_task(model: str, token_ids: ArrayLike, score_start: int, top_k: int, op
         expected_model_revision=options.get("expected_model_revision", ""),
         expected_vocabulary_digest=options.get("expected_vocabulary_digest", ""),
         half_precision=options.get("half_precision", False),
+        expected_compute_dtype=options.get("expected_compute_dtype", ""),
+        priority=_integer(options.get("priority", 0), "priority"),
     )
     if not 1 <= task.score_start < len(task.token_ids):
         raise ValueError(
@@ -46,6 +50,8 @@ def make_task(model: str, token_ids: ArrayLike, score_start: int, top_k: int, op
         )
     if not 0 <= task.top_k < 2**31:
         raise ValueError(f"top_k is {task.top_k}; it must be 0 or more, at most the server's max_top_k")
+    if not -MAX_PRIORITY <= task.priority <= MAX_PRIORITY:
+        raise ValueError(f"priority is {task.priority}; it must be -{MAX_PRIORITY} .. {MAX_PRIORITY}")
     if not (math.isfinite(task.temperature) and task.temperature > 0):
         raise ValueError(f"temperature is {task.temperature}; it must be finite and above 0")
     if task.candidate_ids is not None and len(task.candidate_ids) != task.num_scored:

@@ -184,8 +184,8 @@ def test_a_text_that_is_no_unicode_does_not_break_the_answer() -> None:
         (grpc.StatusCode.UNIMPLEMENTED, errors.TransportFailed),
         (grpc.StatusCode.INTERNAL, errors.TransportFailed),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.TransportFailed),
-        (grpc.StatusCode.UNAUTHENTICATED, errors.TransportFailed),
-        (grpc.StatusCode.PERMISSION_DENIED, errors.TransportFailed),
+        (grpc.StatusCode.UNAUTHENTICATED, errors.Unauthenticated),
+        (grpc.StatusCode.PERMISSION_DENIED, errors.PermissionDenied),
     ],
 )
 def test_a_bare_status_becomes_the_class_that_says_as_much(

@@ -24,29 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstillhouse/v1/teacher.proto\x12\rstillhouse.v1\"O\n\x05\x41rray\x12)\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1a.stillhouse.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xb9\x02\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12\x13\n\x0bscore_start\x18\x03 \x01(\r\x12\r\n\x05top_k\x18\x04 \x01(\r\x12+\n\rcandidate_ids\x18\x05 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x17\x65xpected_model_revision\x18\x07 \x01(\t\x12\"\n\x1a\x65xpected_vocabulary_digest\x18\x08 \x01(\t\x12\x31\n\rlogprob_dtype\x18\t \x01(\x0e\x32\x1a.stillhouse.v1.ElementTypeB\x0e\n\x0c_temperature\"\xbd\x03\n\rScoreResponse\x12%\n\x07top_ids\x18\x01 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12*\n\x0ctop_logprobs\x18\x02 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12.\n\x10sampled_logprobs\x18\x03 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12\x30\n\x12\x63\x61ndidate_logprobs\x18\x04 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12&\n\x08log_tail\x18\x05 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12.\n\x10log_support_tail\x18\x06 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12%\n\x07\x65ntropy\x18\x07 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12,\n\x0elog_normalizer\x18\x08 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12!\n\x04\x65\x63ho\x18\t \x01(\x0b\x32\x13.stillhouse.v1.Echo\x12\'\n\x07timings\x18\n \x01(\x0b\x32\x16.stillhouse.v1.Timings\"Z\n\x04\x45\x63ho\x12\x16\n\x0erequest_digest\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\"L\n\x07Timings\x12\x15\n\rqueue_wait_ms\x18\x01 \x01(\x01\x12\x11\n\tengine_ms\x18\x02 \x01(\x01\x12\x17\n\x0f\x62\x61tch_sequences\x18\x03 \x01(\r\"\"\n\x11GetTeacherRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xc4\x02\n\x12GetTeacherResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x03 \x01(\r\x12\x19\n\x11vocabulary_digest\x18\x04 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x05 \x01(\r\x12\x11\n\tmax_top_k\x18\x06 \x01(\r\x12\x16\n\x0emax_candidates\x18\x07 \x01(\r\x12\x17\n\x0fmin_temperature\x18\x08 \x01(\x01\x12\x17\n\x0fmax_temperature\x18\t \x01(\x01\x12\x1a\n\x12max_response_bytes\x18\n \x01(\x04\x12\x15\n\rcompute_dtype\x18\x0b \x01(\t\x12\x0e\n\x06\x65ngine\x18\x0c \x01(\t\x12\x16\n\x0eserver_version\x18\r \x01(\t*w\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45LEMENT_TYPE_INT32\x10\x01\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x02\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x03\x32\xa7\x01\n\x0eTeacherService\x12\x42\n\x05Score\x12\x1b.stillhouse.v1.ScoreRequest\x1a\x1c.stillhouse.v1.ScoreResponse\x12Q\n\nGetTeacher\x12 .stillhouse.v1.GetTeacherRequest\x1a!.stillhouse.v1.GetTeacherResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstillhouse/v1/teacher.proto\x12\rstillhouse.v1\"O\n\x05\x41rray\x12)\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1a.stillhouse.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xeb\x02\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12\x13\n\x0bscore_start\x18\x03 \x01(\r\x12\r\n\x05top_k\x18\x04 \x01(\r\x12+\n\rcandidate_ids\x18\x05 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x17\x65xpected_model_revision\x18\x07 \x01(\t\x12\"\n\x1a\x65xpected_vocabulary_digest\x18\x08 \x01(\t\x12\x31\n\rlogprob_dtype\x18\t \x01(\x0e\x32\x1a.stillhouse.v1.ElementType\x12\x1e\n\x16\x65xpected_compute_dtype\x18\n \x01(\t\x12\x10\n\x08priority\x18\x0b \x01(\x11\x42\x0e\n\x0c_temperature\"\xbd\x03\n\rScoreResponse\x12%\n\x07top_ids\x18\x01 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12*\n\x0ctop_logprobs\x18\x02 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12.\n\x10sampled_logprobs\x18\x03 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12\x30\n\x12\x63\x61ndidate_logprobs\x18\x04 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12&\n\x08log_tail\x18\x05 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12.\n\x10log_support_tail\x18\x06 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12%\n\x07\x65ntropy\x18\x07 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12,\n\x0elog_normalizer\x18\x08 \x01(\x0b\x32\x14.stillhouse.v1.Array\x12!\n\x04\x65\x63ho\x18\t \x01(\x0b\x32\x13.stillhouse.v1.Echo\x12\'\n\x07timings\x18\n \x01(\x0b\x32\x16.stillhouse.v1.Timings\"q\n\x04\x45\x63ho\x12\x16\n\x0erequest_digest\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12\x15\n\rcompute_dtype\x18\x05 \x01(\t\"L\n\x07Timings\x12\x15\n\rqueue_wait_ms\x18\x01 \x01(\x01\x12\x11\n\tengine_ms\x18\x02 \x01(\x01\x12\x17\n\x0f\x62\x61tch_sequences\x18\x03 \x01(\r\"\"\n\x11GetTeacherRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xc4\x02\n\x12GetTeacherResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x03 \x01(\r\x12\x19\n\x11vocabulary_digest\x18\x04 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x05 \x01(\r\x12\x11\n\tmax_top_k\x18\x06 \x01(\r\x12\x16\n\x0emax_candidates\x18\x07 \x01(\r\x12\x17\n\x0fmin_temperature\x18\x08 \x01(\x01\x12\x17\n\x0fmax_temperature\x18\t \x01(\x01\x12\x1a\n\x12max_response_bytes\x18\n \x01(\x04\x12\x15\n\rcompute_dtype\x18\x0b \x01(\t\x12\x0e\n\x06\x65ngine\x18\x0c \x01(\t\x12\x16\n\x0eserver_version\x18\r \x01(\t*w\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45LEMENT_TYPE_INT32\x10\x01\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x02\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x03\x32\xa7\x01\n\x0eTeacherService\x12\x42\n\x05Score\x12\x1b.stillhouse.v1.ScoreRequest\x1a\x1c.stillhouse.v1.ScoreResponse\x12Q\n\nGetTeacher\x12 .stillhouse.v1.GetTeacherRequest\x1a!.stillhouse.v1.GetTeacherResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stillhouse.v1.teacher_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ELEMENTTYPE']._serialized_start=1424
-  _globals['_ELEMENTTYPE']._serialized_end=1543
+  _globals['_ELEMENTTYPE']._serialized_start=1497
+  _globals['_ELEMENTTYPE']._serialized_end=1616
   _globals['_ARRAY']._serialized_start=46
   _globals['_ARRAY']._serialized_end=125
   _globals['_SCOREREQUEST']._serialized_start=128
-  _globals['_SCOREREQUEST']._serialized_end=441
-  _globals['_SCORERESPONSE']._serialized_start=444
-  _globals['_SCORERESPONSE']._serialized_end=889
-  _globals['_ECHO']._serialized_start=891
-  _globals['_ECHO']._serialized_end=981
-  _globals['_TIMINGS']._serialized_start=983
-  _globals['_TIMINGS']._serialized_end=1059
-  _globals['_GETTEACHERREQUEST']._serialized_start=1061
-  _globals['_GETTEACHERREQUEST']._serialized_end=1095
-  _globals['_GETTEACHERRESPONSE']._serialized_start=1098
-  _globals['_GETTEACHERRESPONSE']._serialized_end=1422
-  _globals['_TEACHERSERVICE']._serialized_start=1546
-  _globals['_TEACHERSERVICE']._serialized_end=1713
+  _globals['_SCOREREQUEST']._serialized_end=491
+  _globals['_SCORERESPONSE']._serialized_start=494
+  _globals['_SCORERESPONSE']._serialized_end=939
+  _globals['_ECHO']._serialized_start=941
+  _globals['_ECHO']._serialized_end=1054
+  _globals['_TIMINGS']._serialized_start=1056
+  _globals['_TIMINGS']._serialized_end=1132
+  _globals['_GETTEACHERREQUEST']._serialized_start=1134
+  _globals['_GETTEACHERREQUEST']._serialized_end=1168
+  _globals['_GETTEACHERRESPONSE']._serialized_start=1171
+  _globals['_GETTEACHERRESPONSE']._serialized_end=1495
+  _globals['_TEACHERSERVICE']._serialized_start=1619
+  _globals['_TEACHERSERVICE']._serialized_end=1786
 # @@protoc_insertion_point(module_scope)

@@ -28,7 +28,7 @@ class Array(_message.Message):
     def __init__(self, dtype: _Optional[_Union[ElementType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("model", "token_ids", "score_start", "top_k", "candidate_ids", "temperature", "expected_model_revision", "expected_vocabulary_digest", "logprob_dtype")
+    __slots__ = ("model", "token_ids", "score_start", "top_k", "candidate_ids", "temperature", "expected_model_revision", "expected_vocabulary_digest", "logprob_dtype", "expected_compute_dtype", "priority")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SCORE_START_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,8 @@ class ScoreRequest(_message.Message):
     EXPECTED_MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_VOCABULARY_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     model: str
     token_ids: Array
     score_start: int
@@ -47,7 +49,9 @@ class ScoreRequest(_message.Message):
     expected_model_revision: str
     expected_vocabulary_digest: str
     logprob_dtype: ElementType
-    def __init__(self, model: _Optional[str] = ..., token_ids: _Optional[_Union[Array, _Mapping]] = ..., score_start: _Optional[int] = ..., top_k: _Optional[int] = ..., candidate_ids: _Optional[_Union[Array, _Mapping]] = ..., temperature: _Optional[float] = ..., expected_model_revision: _Optional[str] = ..., expected_vocabulary_digest: _Optional[str] = ..., logprob_dtype: _Optional[_Union[ElementType, str]] = ...) -> None: ...
+    expected_compute_dtype: str
+    priority: int
+    def __init__(self, model: _Optional[str] = ..., token_ids: _Optional[_Union[Array, _Mapping]] = ..., score_start: _Optional[int] = ..., top_k: _Optional[int] = ..., candidate_ids: _Optional[_Union[Array, _Mapping]] = ..., temperature: _Optional[float] = ..., expected_model_revision: _Optional[str] = ..., expected_vocabulary_digest: _Optional[str] = ..., logprob_dtype: _Optional[_Union[ElementType, str]] = ..., expected_compute_dtype: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("top_ids", "top_logprobs", "sampled_logprobs", "candidate_logprobs", "log_tail", "log_support_tail", "entropy", "log_normalizer", "echo", "timings")
@@ -74,16 +78,18 @@ class ScoreResponse(_message.Message):
     def __init__(self, top_ids: _Optional[_Union[Array, _Mapping]] = ..., top_logprobs: _Optional[_Union[Array, _Mapping]] = ..., sampled_logprobs: _Optional[_Union[Array, _Mapping]] = ..., candidate_logprobs: _Optional[_Union[Array, _Mapping]] = ..., log_tail: _Optional[_Union[Array, _Mapping]] = ..., log_support_tail: _Optional[_Union[Array, _Mapping]] = ..., entropy: _Optional[_Union[Array, _Mapping]] = ..., log_normalizer: _Optional[_Union[Array, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class Echo(_message.Message):
-    __slots__ = ("request_digest", "model", "model_revision", "temperature")
+    __slots__ = ("request_digest", "model", "model_revision", "temperature", "compute_dtype")
     REQUEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     request_digest: bytes
     model: str
     model_revision: str
     temperature: float
-    def __init__(self, request_digest: _Optional[bytes] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., temperature: _Optional[float] = ...) -> None: ...
+    compute_dtype: str
+    def __init__(self, request_digest: _Optional[bytes] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., temperature: _Optional[float] = ..., compute_dtype: _Optional[str] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_wait_ms", "engine_ms", "batch_sequences")
