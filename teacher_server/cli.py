@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from teacher_server.logs import set_up
 from teacher_server.options import OptionError, parse
 from teacher_server.vllm_plugin import die_with_parent
 
@@ -17,11 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit codes: 0 stopped, 1 could not load or serve, 2 wrong option, 3 the engine died.
     """
     options = parse(argv)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=options.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
+    set_up(options.log_level, options.log_format)
     # From here on it takes seconds: torch, transformers and grpc.
     from teacher_server.engine import EngineLost
     from teacher_server.run import run

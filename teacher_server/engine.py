@@ -9,20 +9,20 @@ class EngineLost(RuntimeError):
     """The engine died while it was served."""
 
 
+class SelfCheckFailed(RuntimeError):
+    """The engine's scores are not the model's; it must not serve."""
+
+
 class Engine(Protocol):
     """Scores sequences with one model.
 
     Tasks that reach an engine have been validated against `describe()`; an engine may batch them in any way,
-    because the scores of a task do not depend on what it is batched with (to rounding).
+    because the scores of a task do not depend on what it is batched with (to rounding). How many of them reach it at
+    once is decided before it, by `teacher_server.gate`.
     """
 
     def describe(self) -> Teacher:
         """What this engine serves and can do. Constant for its lifetime."""
-        ...
-
-    @property
-    def pending_tokens(self) -> int:
-        """Tokens admitted and neither scored nor withdrawn."""
         ...
 
     async def score(self, task: ScoreTask) -> Scores:
@@ -30,6 +30,11 @@ class Engine(Protocol):
 
         Cancelling the awaiting task withdraws the work if it has not started.
         """
+        ...
+
+    async def check(self) -> float:
+        """Scores a known sequence. Raises SelfCheckFailed if the scores are not the model's, or returns the largest
+        difference, nats."""
         ...
 
     async def died(self) -> str:

@@ -39,7 +39,6 @@ def load_model(options: Options) -> ServedModel:
     Raises OptionError if an option does not fit the machine or the model, OSError or ValueError if the
     directory does not hold a model that can be scored.
     """
-    started_s = time.monotonic()
     device = _device(options.device)
     config = read_config(options)
     dtype = compute_dtype(options.dtype, config, device)
@@ -52,7 +51,6 @@ def load_model(options: Options) -> ServedModel:
     check_head(model)
     head = _float32_head(head_of(model, size))
     teacher = _teacher(options, "torch", revision, tokenizer, size, max_sequence_tokens, dtype)
-    logger.info("loaded seconds=%.1f %s", time.monotonic() - started_s, teacher)
     return ServedModel(backbone_of(model), head, device, teacher)
 
 

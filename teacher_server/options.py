@@ -15,6 +15,7 @@ from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINES = ("torch", "vllm")
+LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_RESPONSE_BYTES = 255 * 2**20
 """What a client's receive limit of 256 MiB leaves for the arrays of an answer."""
@@ -42,6 +43,8 @@ class Options:
     max_candidates: int
     max_batch_tokens: int
     max_queue_tokens: int
+    max_queue_bytes: int
+    burst_tokens: int | None  # None: 8 batches
     max_response_bytes: int
     logits_slice_bytes: int
     tensor_parallel_size: int
@@ -51,8 +54,21 @@ class Options:
     kv_cache_bytes: int | None
     prefix_caching: bool
     vllm_options: dict[str, Any]
+    tls_certificate: Path | None
+    tls_key: Path | None
+    tls_client_ca: Path | None
+    access: Path | None
+    plaintext_tokens: bool
+    token_review: bool
+    token_audience: str
+    token_review_url: str
+    token_review_credentials: Path
+    health_listen: str
+    follow: bool
     drain_s: float
+    stall_s: float
     log_level: str
+    log_format: str
 
     @property
     def host(self) -> str:
@@ -136,6 +152,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-candidates", type=int, default=256, metavar="N", help="most candidates a position")
     add("--max-batch-tokens", type=int, default=8192, metavar="N", help="tokens of a batch, with padding")
     add("--max-queue-tokens", type=int, default=2**20, metavar="N", help="tokens admitted and not yet scored")
+    add("--max-queue-bytes", type=int, default=2**31, metavar="N", help="the same in bytes, with the answers to come")
+    add(
+        "--burst-tokens",
+        type=int,
+        metavar="N",
+        help="how much a tenant that was quiet may be served ahead of its share (default: 8 x --max-batch-tokens)",
+    )
     add("--max-response-bytes", type=int, default=128 * 2**20, metavar="N", help="largest answer, bytes")
     add(
         "--logits-slice-bytes",
@@ -170,7 +193,40 @@ def build_parser() -> argparse.ArgumentParser:
         help="any other engine argument of vLLM, for example '{\"max_num_seqs\": 64}'",
     )
 
+    add = parser.add_argument_group("who may use it", "see docs/access.md; without --access everybody").add_argument
+    add("--access", type=Path, metavar="FILE", help="YAML: tenants, their models, quotas and credentials")
+    add("--tls-certificate", type=Path, metavar="FILE", help="PEM, the server's certificate and those above it")
+    add("--tls-key", type=Path, metavar="FILE", help="PEM, its private key")
+    add("--tls-client-ca", type=Path, metavar="FILE", help="PEM; clients must show a certificate of this authority")
+    add("--plaintext-tokens", action="store_true", help="take tokens without TLS: something before it encrypts")
+    add("--token-review", action="store_true", help="ask Kubernetes about tokens that --access has no hash of")
+    add("--token-audience", default="stillhouse", metavar="NAME", help="what such a token must be made for")
+    add(
+        "--token-review-url",
+        default="https://kubernetes.default.svc",
+        metavar="URL",
+        help="the Kubernetes API",
+    )
+    add(
+        "--token-review-credentials",
+        type=Path,
+        default=Path("/var/run/secrets/kubernetes.io/serviceaccount"),
+        metavar="DIR",
+        help="holds `token` and `ca.crt`: by what the server itself may ask it",
+    )
+
     add = parser.add_argument_group("running").add_argument
+    add(
+        "--health-listen",
+        default="",
+        metavar="HOST:PORT",
+        help="grpc.health.v1 in plaintext, from before the model is loaded: readiness, and the service `liveness`",
+    )
+    add(
+        "--follow",
+        action="store_true",
+        help="--model is a link: when it points elsewhere, load that, check it, switch, drain (SIGHUP: now)",
+    )
     add(
         "--drain-s",
         type=float,
@@ -178,7 +234,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="time for admitted work after SIGTERM, seconds",
     )
+    add(
+        "--stall-s",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="an engine with work that ends none for so long is neither ready nor alive, seconds",
+    )
     add("--log-level", default="info", help=", ".join(LOG_LEVELS))
+    add("--log-format", default="text", help=", ".join(LOG_FORMATS))
     return parser
 
 
@@ -187,6 +251,7 @@ def check(options: Options) -> None:
     _check_choice("--engine", options.engine, ENGINES)
     _check_choice("--dtype", options.dtype, DTYPES)
     _check_choice("--log-level", options.log_level, LOG_LEVELS)
+    _check_choice("--log-format", options.log_format, LOG_FORMATS)
     _check_model_directory(options.model)
     if not options.name or any(character.isspace() for character in options.name):
         raise OptionError(f"--name {options.name!r}: give a name without white space")
@@ -199,6 +264,8 @@ def check(options: Options) -> None:
         ("--max-candidates", options.max_candidates, 0),
         ("--max-batch-tokens", options.max_batch_tokens, 1),
         ("--max-queue-tokens", options.max_queue_tokens, 1),
+        ("--max-queue-bytes", options.max_queue_bytes, 1),
+        ("--burst-tokens", options.burst_tokens, 0),
         ("--logits-slice-bytes", options.logits_slice_bytes, 1),
         ("--tensor-parallel-size", options.tensor_parallel_size, 1),
         ("--pipeline-parallel-size", options.pipeline_parallel_size, 1),
@@ -214,7 +281,32 @@ def check(options: Options) -> None:
         )
     if not 0 <= options.drain_s <= 86_400:
         raise OptionError(f"--drain-s {options.drain_s}: give 0 .. 86400 seconds")
+    if not 1 <= options.stall_s <= 86_400:
+        raise OptionError(f"--stall-s {options.stall_s}: give 1 .. 86400 seconds")
+    _check_security(options)
     _check_addresses(options)
+
+
+def _check_security(options: Options) -> None:
+    """Combinations that would leave a door open that somebody thinks is closed."""
+    if (options.tls_certificate is None) != (options.tls_key is None):
+        given, missing = ("--tls-certificate", "--tls-key")
+        if options.tls_certificate is None:
+            given, missing = missing, given
+        raise OptionError(f"{given} {options.tls_certificate or options.tls_key}: give {missing} too")
+    if options.tls_client_ca is not None and options.tls_certificate is None:
+        raise OptionError(f"--tls-client-ca {options.tls_client_ca}: give --tls-certificate and --tls-key too")
+    if options.tls_client_ca is not None and options.access is None:
+        raise OptionError(
+            f"--tls-client-ca {options.tls_client_ca}: give --access too, which says what the callers may use"
+        )
+    if options.token_review and options.access is None:
+        raise OptionError("--token-review: give --access too, which says what the service accounts may use")
+    if options.access is not None and options.tls_certificate is None and not options.plaintext_tokens:
+        raise OptionError(
+            f"--access {options.access}: without TLS anybody on the way can read the tokens; give --tls-certificate "
+            "and --tls-key, or --plaintext-tokens if a proxy or mesh before the server encrypts"
+        )
 
 
 def _check_vllm_options(options: Options) -> None:
@@ -267,13 +359,21 @@ def _check_addresses(options: Options) -> None:
         raise OptionError(f"--metrics-port {options.metrics_port}: give 0 .. 65535")
     if options.metrics_port == options.port != 0:
         raise OptionError(f"--metrics-port {options.metrics_port}: --listen has this port; give another")
-    for option, value, number in (
-        ("--listen", options.listen, options.port),
-        ("--metrics-port", options.metrics_port, options.metrics_port),
-    ):
+    ports = [
+        ("--listen", options.listen, options.host, options.port),
+        ("--metrics-port", options.metrics_port, options.host, options.metrics_port),
+    ]
+    if options.health_listen:
+        health_host, separator, health_port = options.health_listen.rpartition(":")
+        if not separator or not health_host or not health_port.isdigit() or int(health_port) > 65_535:
+            raise OptionError(f"--health-listen {options.health_listen!r}: give HOST:PORT, for example 0.0.0.0:8080")
+        if int(health_port) in (options.port, options.metrics_port) and int(health_port):
+            raise OptionError(f"--health-listen {options.health_listen}: this port has another use; give another")
+        ports.append(("--health-listen", options.health_listen, health_host.strip("[]"), int(health_port)))
+    for option, value, host, number in ports:
         # Binding and letting go again: minutes of loading should not end at a port that is taken.
         try:
-            family, _, _, _, address = socket.getaddrinfo(options.host, number, type=socket.SOCK_STREAM)[0]
+            family, _, _, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)

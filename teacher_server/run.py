@@ -1,9 +1,10 @@
-"""Assembles the program: options -> model -> engine -> server. Everything heavy is imported from here."""
+"""Assembles the program: options -> who may use it -> model -> engine -> server. Everything heavy is imported here."""
 
 import asyncio
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 
 # Before torch allocates anything: large memory on a CPU in huge pages, or a slice of logits costs 65,000 page faults.
@@ -14,12 +15,23 @@ import torch
 import transformers
 
 from teacher_server.engine import Engine
+from teacher_server.fair_queue import Bounds
+from teacher_server.following import Follower
+from teacher_server.health_port import HealthPort
+from teacher_server.interceptors import SERVICE
 from teacher_server.loading import compute_dtype, describe_model, load_model, read_config
 from teacher_server.metrics import Metrics
 from teacher_server.options import OptionError, Options
+from teacher_server.security import Security, load_security
 from teacher_server.server import serve
+from teacher_server.serving import Serving
 
 logger = logging.getLogger(__name__)
+
+_BATCHES_WITH_ENGINE = {"torch": 2, "vllm": 4}
+"""Batches' worth of tokens that the engine has at once: one that runs and one that is ready; vLLM fills each step
+from many sequences, so it wants more to choose from."""
+_FOLLOW_EVERY_S = 2.0
 
 
 def run(options: Options) -> None:
@@ -29,38 +41,95 @@ def run(options: Options) -> None:
     """
     transformers.utils.logging.disable_progress_bar()
     metrics = Metrics()
-    if options.engine == "vllm":
-        _run_vllm(options, metrics)
-    else:
-        _run_torch(options, metrics)
-
-
-async def _serve(engine: Engine, metrics: Metrics, options: Options) -> None:
-    await serve(
-        engine,
+    security = load_security(  # before minutes of loading
         metrics,
-        listen=options.listen,
-        metrics_host=options.host,
-        metrics_port=options.metrics_port,
-        drain_s=options.drain_s,
+        access=options.access,
+        tls_certificate=options.tls_certificate,
+        tls_key=options.tls_key,
+        tls_client_ca=options.tls_client_ca,
+        token_review=options.token_review,
+        token_audience=options.token_audience,
+        token_review_url=options.token_review_url,
+        token_review_credentials=options.token_review_credentials,
     )
+    health = None
+    if options.health_listen:
+        health = HealthPort(options.health_listen, (SERVICE,), options.stall_s)
+        logger.info("alive and not ready: health_port=%d", health.port)
+    if options.engine == "vllm":
+        metrics.include_default_registry()
+        make_engine = _vllm_engine
+    else:
+        make_engine = _torch_engine
+    asyncio.run(_load_and_serve(options, metrics, security, health, make_engine))
 
 
-def _run_torch(options: Options, metrics: Metrics) -> None:
+async def _load_and_serve(
+    options: Options,
+    metrics: Metrics,
+    security: Security,
+    health: HealthPort | None,
+    make_engine: Callable[[Options, Metrics], Awaitable[Engine]],
+) -> None:
+    async def checked(options: Options) -> Engine:
+        started_s = time.monotonic()
+        engine = await make_engine(options, metrics)
+        try:
+            difference = await engine.check()
+        except BaseException:
+            await engine.close()
+            raise
+        logger.info(
+            "loaded seconds=%.1f self_check_max_difference=%.2g %s",
+            time.monotonic() - started_s,
+            difference,
+            engine.describe(),
+        )
+        return engine
+
+    engine = await checked(options)
+
+    def follow(serving: Serving) -> tuple[Callable[[], None], Awaitable[None]]:
+        follower = Follower(options, checked, serving, lambda ok: metrics.reloaded("model", ok))
+        return follower.look_now, follower.watch(_FOLLOW_EVERY_S if options.follow else None)
+
+    burst = 8 * options.max_batch_tokens if options.burst_tokens is None else options.burst_tokens
+    try:
+        await serve(
+            engine,
+            metrics,
+            listen=options.listen,
+            metrics_host=options.host,
+            metrics_port=options.metrics_port,
+            drain_s=options.drain_s,
+            bounds=Bounds(
+                max_tokens=options.max_queue_tokens,
+                max_bytes=options.max_queue_bytes,
+                window_tokens=_BATCHES_WITH_ENGINE[options.engine] * options.max_batch_tokens,
+                burst_tokens=burst,
+            ),
+            security=security,
+            health_port=health,
+            stall_s=options.stall_s,
+            follow=follow,
+        )
+    finally:
+        await engine.close()
+
+
+async def _torch_engine(options: Options, metrics: Metrics) -> Engine:
     from teacher_server.torch_engine import TorchEngine
 
-    engine = TorchEngine(
-        load_model(options),
+    model = await asyncio.to_thread(load_model, options)
+    return TorchEngine(
+        model,
         max_batch_tokens=options.max_batch_tokens,
-        max_queue_tokens=options.max_queue_tokens,
         logits_slice_bytes=options.logits_slice_bytes,
         on_batch=lambda report: metrics.observe_batch(**asdict(report)),
     )
-    asyncio.run(_serve(engine, metrics, options))
 
 
-def _run_vllm(options: Options, metrics: Metrics) -> None:
-    started_s = time.monotonic()
+async def _vllm_engine(options: Options, metrics: Metrics) -> Engine:
     config = read_config(options)
     from teacher_server import vllm_adapter
     from teacher_server.vllm_engine import VllmEngine
@@ -70,46 +139,30 @@ def _run_vllm(options: Options, metrics: Metrics) -> None:
         raise OptionError(f"--device {options.device}: the installed vllm computes on {device}; give auto")
     vllm_adapter.check_architectures(config.architectures or ())
     dtype = compute_dtype(options.dtype, config, torch.device(device))
-    teacher = describe_model(options, config, dtype)
-    worker = vllm_adapter.Vllm.start(
-        vllm_adapter.Settings(
-            model=options.model,
-            architectures=config.architectures,
-            dtype=teacher.compute_dtype,
-            max_sequence_tokens=teacher.max_sequence_tokens,
-            max_batch_tokens=options.max_batch_tokens,
-            vocabulary_size=teacher.vocabulary_size,
-            max_top_k=teacher.max_top_k,
-            max_candidates=teacher.max_candidates,
-            logits_slice_bytes=options.logits_slice_bytes,
-            tensor_parallel_size=options.tensor_parallel_size,
-            pipeline_parallel_size=options.pipeline_parallel_size,
-            quantization=options.quantization,
-            gpu_memory_utilization=options.gpu_memory_utilization,
-            kv_cache_bytes=options.kv_cache_bytes,
-            prefix_caching=options.prefix_caching,
-            log_level=options.log_level,
-            further=options.vllm_options,
-        )
+    teacher = await asyncio.to_thread(describe_model, options, config, dtype)
+    settings = vllm_adapter.Settings(
+        model=options.model,
+        architectures=config.architectures,
+        dtype=teacher.compute_dtype,
+        max_sequence_tokens=teacher.max_sequence_tokens,
+        max_batch_tokens=options.max_batch_tokens,
+        vocabulary_size=teacher.vocabulary_size,
+        max_top_k=teacher.max_top_k,
+        max_candidates=teacher.max_candidates,
+        logits_slice_bytes=options.logits_slice_bytes,
+        tensor_parallel_size=options.tensor_parallel_size,
+        pipeline_parallel_size=options.pipeline_parallel_size,
+        quantization=options.quantization,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        kv_cache_bytes=options.kv_cache_bytes,
+        prefix_caching=options.prefix_caching,
+        log_level=options.log_level,
+        further=options.vllm_options,
     )
-    metrics.include_default_registry()
-    engine = VllmEngine(
-        worker,
+    return VllmEngine(
+        await asyncio.to_thread(vllm_adapter.Vllm.start, settings),
         teacher,
         died_error=vllm_adapter.EngineDied,
-        max_queue_tokens=options.max_queue_tokens,
         on_cached=metrics.cached_tokens.inc,
         on_resent=metrics.resent_sequences.inc,
     )
-
-    async def check_and_serve() -> None:
-        difference = await engine.check()
-        logger.info(
-            "loaded seconds=%.1f self_check_max_difference=%.2g %s", time.monotonic() - started_s, difference, teacher
-        )
-        await _serve(engine, metrics, options)
-
-    try:
-        asyncio.run(check_and_serve())
-    finally:
-        worker.shutdown()

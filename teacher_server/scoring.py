@@ -61,6 +61,15 @@ def score_tasks(
     ]
 
 
+@torch.inference_mode()
+def whole_logprobs(model: ServedModel, task: ScoreTask) -> np.ndarray:
+    """Log-probabilities at the response positions, straight from the whole logits in float64: [N, V]. For checks."""
+    ids = torch.from_numpy(task.token_ids.astype(np.int64))[None].to(model.device)
+    hidden = model.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, task.score_start - 1 : -1]
+    logits = model.head.logits(hidden.to(model.head.weight.dtype))
+    return torch.log_softmax(logits.double() / task.temperature, dim=-1).cpu().numpy()
+
+
 def scores_of(teacher: Teacher, task: ScoreTask, rows: dict[str, np.ndarray]) -> Scores | NonFiniteScores:
     """The scores of a task from its arrays, unless the model produced none."""
     broken = np.flatnonzero(~np.isfinite(rows["log_normalizer"]))

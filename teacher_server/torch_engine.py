@@ -1,7 +1,7 @@
 """Scores with a Hugging Face causal LM in this process, on a CPU or a GPU.
 
-Who waits for whom: `score` (event loop) puts a task into the queue, or refuses it if the queue holds
-`max_queue_tokens` already, and awaits its future. One worker thread owns the model; whenever it is idle it
+Who waits for whom: `score` (event loop) puts a task into the queue and awaits its future; the gate in front of the
+engine keeps that queue a batch or two long. One worker thread owns the model; whenever it is idle it
 takes the oldest task and those that fit it best (`batching.pick_batch`) and scores them. A task cancelled
 before that moment leaves the queue at once and never reaches the model.
 
@@ -18,15 +18,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from stillhouse.codec import Scores, ScoreTask, Teacher
 from stillhouse.errors import OutOfMemory, StillhouseError, Unavailable
-from teacher_server.admission import Admission
 from teacher_server.batching import pick_batch
+from teacher_server.engine import SelfCheckFailed
 from teacher_server.failures import engine_failed
 from teacher_server.loading import ServedModel
-from teacher_server.scoring import score_tasks
+from teacher_server.scoring import score_tasks, whole_logprobs
+
+SELF_CHECK_TIMEOUT_S = 600.0
+_TOLERANCE = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.5}
+"""Nats. In half precision the same sequence in another batch is rounded otherwise, layer by layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +64,17 @@ class TorchEngine:
         model: ServedModel,
         *,
         max_batch_tokens: int,
-        max_queue_tokens: int,
         logits_slice_bytes: int,
         on_batch: Callable[[BatchReport], None],
     ) -> None:
         self._model = model
         self._max_batch_tokens = max_batch_tokens
-        self._admission = Admission(max_queue_tokens)
         self._logits_slice_bytes = logits_slice_bytes
         self._on_batch = on_batch
         self._changed = threading.Condition()  # guards everything below
         self._queue: dict[Future, _Waiting] = {}  # oldest first
         self._running: list[Future] = []
+        self._pending_tokens = 0
         self._closed = False
         self._death: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._work, name="torch-engine", daemon=True)
@@ -82,12 +86,48 @@ class TorchEngine:
 
     @property
     def pending_tokens(self) -> int:
-        """Tokens admitted and neither scored nor withdrawn."""
-        return self._admission.pending_tokens
+        """Tokens taken on and neither scored nor withdrawn."""
+        return self._pending_tokens
 
     async def score(self, task: ScoreTask) -> Scores:
-        """Scores of one task. Raises Overloaded, OutOfMemory, NonFiniteScores, EngineFailed, Unavailable."""
+        """Scores of one task. Raises OutOfMemory, NonFiniteScores, EngineFailed, Unavailable."""
         return await asyncio.wrap_future(self._submit(task))
+
+    async def check(self) -> float:
+        """Scores a known sequence in company and compares with the whole logits of the model, one sequence alone.
+
+        Raises SelfCheckFailed, or returns the largest difference, nats.
+        """
+        rng = np.random.default_rng(0)
+        teacher = self.describe()
+        length = min(64, teacher.max_sequence_tokens)
+        ids = rng.integers(0, teacher.vocabulary_size, (3, length)).astype(np.int32)
+        tasks = [
+            ScoreTask("", row[:end], 1, min(8, teacher.max_top_k))
+            for row, end in zip(ids, (length, max(2, length - 7), length), strict=True)
+        ]
+        try:
+            async with asyncio.timeout(SELF_CHECK_TIMEOUT_S):
+                scores = (await asyncio.gather(*[self.score(task) for task in tasks]))[0]
+        except TimeoutError:
+            raise SelfCheckFailed(f"no answer within {SELF_CHECK_TIMEOUT_S:g} s") from None
+        except StillhouseError as error:
+            raise SelfCheckFailed(error.message) from error
+        expected = await asyncio.to_thread(whole_logprobs, self._model, tasks[0])
+        sampled = np.take_along_axis(expected, tasks[0].token_ids[1:, None].astype(np.int64), axis=1)[:, 0]
+        top = np.take_along_axis(expected, scores.top_ids.astype(np.int64), axis=1)
+        with np.errstate(invalid="ignore"):
+            difference = max(
+                float(np.abs(scores.sampled_logprobs - sampled).max()),
+                float(np.abs(scores.top_logprobs - top).max(initial=0.0)),
+            )
+        tolerance = _TOLERANCE[teacher.compute_dtype]
+        if not difference <= tolerance:  # "not <=": NaN fails too
+            raise SelfCheckFailed(
+                f"scores and the model's own logits differ by {difference:.3g} nats (tolerance {tolerance:g}, "
+                f"{teacher.compute_dtype}): this model cannot be served on this machine"
+            )
+        return difference
 
     async def died(self) -> str:
         """Returns when the device has failed."""
@@ -112,15 +152,15 @@ class TorchEngine:
                 raise Unavailable("the engine's device has failed; the server is restarting")
             if self._closed:
                 raise Unavailable("the server is stopping")
-            self._admission.admit(tokens)
+            self._pending_tokens += tokens
             self._queue[future] = _Waiting(task, time.monotonic())
             self._changed.notify()
         future.add_done_callback(lambda _: self._release(future, tokens))
         return future
 
     def _release(self, future: Future, tokens: int) -> None:
-        self._admission.release(tokens)
         with self._changed:
+            self._pending_tokens -= tokens
             self._queue.pop(future, None)  # it is still there if it was cancelled
 
     def _work(self) -> None:
@@ -213,7 +253,6 @@ class TorchEngine:
 
     def _report(self, tasks: Sequence[ScoreTask], engine_s: float) -> None:
         lengths = [len(task.token_ids) for task in tasks]
-        self._admission.observe(sum(lengths), engine_s)
         self._on_batch(BatchReport(len(tasks), sum(lengths), len(tasks) * max(lengths), engine_s))
 
 

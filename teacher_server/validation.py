@@ -10,6 +10,7 @@ from stillhouse.errors import (
     InvalidRequest,
     MalformedArray,
     ModelRevisionMismatch,
+    PermissionDenied,
     ResponseTooLarge,
     SequenceTooLong,
     TemperatureOutOfRange,
@@ -18,6 +19,23 @@ from stillhouse.errors import (
     UnknownModel,
     VocabularyMismatch,
 )
+from teacher_server.access import Tenant
+
+
+def check_right(tenant: Tenant, model: str, teacher: Teacher) -> None:
+    """Raises PermissionDenied unless `tenant` may use `model`; unset means the one served.
+
+    Checked before the name is: who may not use a model does not learn here whether it exists.
+    """
+    asked = model or teacher.model
+    if not tenant.may_use(asked):
+        raise PermissionDenied(
+            f"tenant {tenant.name!r} may not use model {model!r}"
+            if model
+            else f"tenant {tenant.name!r} may not use this server's model",
+            field="model",
+            value=model,
+        )
 
 
 def check_model_name(model: str, teacher: Teacher) -> None:

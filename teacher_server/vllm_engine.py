@@ -1,8 +1,8 @@
 """Scores with vLLM: the engine's processes do the work, this one hands it over and looks after them.
 
-vLLM's scheduler is the queue: what is admitted goes to it at once, it batches tokens of many sequences into each
-step, and a cancelled request leaves it. What is here: the bound on what is admitted, the check at start, the one
-case in which a sequence must be sent again (below), and noticing that the engine has died.
+vLLM's scheduler batches tokens of many sequences into each step, and a cancelled request leaves it; the gate in front
+of the engine keeps what waits there to a few steps' work. What is here: the check at start, the one case in which a
+sequence must be sent again (below), and noticing that the engine has died.
 
 A sequence whose prefix was reused further than its first row to score comes back without scores. The scheduler of
 `vllm_adapter` prevents that; should a version of vLLM find a way around it, the sequence is sent once more without
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from stillhouse.codec import Scores, ScoreTask, Teacher
 from stillhouse.errors import EngineFailed, OutOfMemory, StillhouseError, Unavailable
-from teacher_server.admission import Admission
+from teacher_server.engine import SelfCheckFailed
 from teacher_server.failures import engine_failed
 from teacher_server.packing import RowRequest, failure_of, row_request, unpack_answer
 from teacher_server.scoring import scores_of
@@ -50,10 +50,6 @@ class Worker(Protocol):
     def shutdown(self) -> None: ...
 
 
-class SelfCheckFailed(RuntimeError):
-    """The engine's scores are not the model's; it must not serve."""
-
-
 class VllmEngine:
     """See the module's text. Make it anywhere, use it from one event loop.
 
@@ -67,14 +63,13 @@ class VllmEngine:
         teacher: Teacher,
         *,
         died_error: type[Exception],
-        max_queue_tokens: int,
         on_cached: Callable[[int], None] = lambda tokens: None,
         on_resent: Callable[[], None] = lambda: None,
     ) -> None:
         self._worker = worker
         self._teacher = teacher
         self._died_error = died_error
-        self._admission = Admission(max_queue_tokens)
+        self._pending_tokens = 0
         self._on_cached = on_cached
         self._on_resent = on_resent
         self._work: set[asyncio.Task[Scores]] = set()
@@ -86,15 +81,15 @@ class VllmEngine:
 
     @property
     def pending_tokens(self) -> int:
-        """Tokens admitted and neither scored nor withdrawn."""
-        return self._admission.pending_tokens
+        """Tokens taken on and neither scored nor withdrawn."""
+        return self._pending_tokens
 
     async def score(self, task: ScoreTask) -> Scores:
-        """Scores of one task. Raises Overloaded, OutOfMemory, NonFiniteScores, EngineFailed, Unavailable."""
+        """Scores of one task. Raises OutOfMemory, NonFiniteScores, EngineFailed, Unavailable."""
         if self._closed:
             raise Unavailable("the server is stopping")
         tokens = len(task.token_ids)
-        self._admission.admit(tokens)
+        self._pending_tokens += tokens
         work = asyncio.create_task(self._score(task))
         self._work.add(work)
         try:
@@ -106,7 +101,7 @@ class VllmEngine:
             raise
         finally:
             self._work.discard(work)
-            self._admission.release(tokens)
+            self._pending_tokens -= tokens
 
     async def died(self) -> str:
         """Returns within a second of the end of one of the engine's processes."""
@@ -191,7 +186,6 @@ class VllmEngine:
             raise engine_failed(error) from error
         total_s = time.monotonic() - started_s
         engine_s = min(counters.engine_us / 1e6, total_s)
-        self._admission.observe(len(task.token_ids) * max(1, counters.batch_sequences), engine_s)
         self._on_cached(counters.cached_tokens)
         scores = scores_of(self._teacher, task, arrays)
         if isinstance(scores, StillhouseError):

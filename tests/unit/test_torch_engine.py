@@ -315,7 +315,7 @@ class Gate:
 
 
 def engine_of(model: ServedModel, **options: Any) -> TorchEngine:
-    settings = {"max_batch_tokens": 256, "max_queue_tokens": 10_000, "logits_slice_bytes": SLICE_BYTES}
+    settings = {"max_batch_tokens": 256, "logits_slice_bytes": SLICE_BYTES}
     return TorchEngine(model, **{**settings, "on_batch": lambda report: None, **options})
 
 
@@ -396,22 +396,6 @@ async def test_work_cancelled_while_it_is_scored_harms_nobody(llama: ServedModel
     gate.opened.set()
     assert (await engine.score(make_task(3, 12))).batch_sequences == 1
     await wait_for(lambda: engine.pending_tokens == 0)
-    await engine.close()
-
-
-async def test_a_full_queue_refuses_with_a_delay_and_takes_work_again_later(llama: ServedModel) -> None:
-    gate, engine, first = await closed_gate(llama, max_queue_tokens=50)
-    second = asyncio.create_task(engine.score(make_task(1, 40)))
-    await wait_for(lambda: engine.pending_tokens == 50)
-    with pytest.raises(Overloaded) as raised:
-        await engine.score(make_task(2, 2))
-    assert raised.value.retry_delay_s is not None
-    assert 0 < raised.value.retry_delay_s <= 12.5
-    assert raised.value.fields == {"pending_tokens": "50", "max": "50"}
-    gate.opened.set()
-    await asyncio.gather(first, second)
-    await engine.score(make_task(2, 2))
-    await engine.score(make_task(3, 60))  # larger than the queue: taken, since nothing else waits
     await engine.close()
 
 
