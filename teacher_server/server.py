@@ -31,6 +31,7 @@ from teacher_server.health_port import HealthPort
 from teacher_server.interceptors import SERVICE, CallInterceptor, CallLimits
 from teacher_server.metrics import Metrics
 from teacher_server.servicer import TeacherServicer
+from teacher_server.security import Security
 from teacher_server.serving import Serving
 
 logger = logging.getLogger(__name__)
