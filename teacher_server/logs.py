@@ -12,7 +12,9 @@ FORMATS = ("text", "json")
 def set_up(level: str, style: str) -> None:
     """Everything to standard error, in `style` (one of FORMATS)."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json() if style == "json" else _Text("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handler.setFormatter(
+        JsonFormatter() if style == "json" else TextFormatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+    )
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
@@ -21,14 +23,18 @@ def log_fields(logger: logging.Logger, level: int, message: str, fields: dict[st
     logger.log(level, message, extra={"fields": fields})
 
 
-class _Text(logging.Formatter):
+class TextFormatter(logging.Formatter):
+    """One line, with `key=value` after the message."""
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record)
         fields: dict[str, Any] = getattr(record, "fields", {})
         return " ".join([line, *(f"{key}={_plain(value)}" for key, value in fields.items())])
 
 
-class _Json(logging.Formatter):
+class JsonFormatter(logging.Formatter):
+    """One object a line."""
+
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),

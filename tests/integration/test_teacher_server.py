@@ -4,6 +4,7 @@ needed at one exact moment."""
 import asyncio
 import contextlib
 import dataclasses
+import json
 import re
 import signal
 import time
@@ -21,7 +22,6 @@ from stillhouse.client import AsyncTeacherClient, TeacherClient
 from stillhouse.codec import Scores, ScoreTask, Teacher, decode_response, encode_request
 from stillhouse.errors import (
     BY_REASON,
-    Cancelled,
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
@@ -33,6 +33,7 @@ from stillhouse.errors import (
 )
 from stillhouse.v1 import teacher_pb2 as pb
 from stillhouse.v1 import teacher_pb2_grpc as pb_grpc
+from teacher_server import logs
 from teacher_server.cli import main
 from teacher_server.metrics import Metrics
 from teacher_server.server import RunningServer, start, stop
@@ -275,18 +276,23 @@ def test_health_and_reflection_answer(channel: grpc.Channel) -> None:
     }
 
 
+def labels(code: str, reason: str, model: str = "oak") -> str:
+    return f'code="{code}",method="Score",model="{model}",reason="{reason}",tenant="anonymous"'
+
+
 def test_the_metrics_count_what_was_scored_and_refused(oak: ServerProcess, channel: grpc.Channel) -> None:
     prefix = "stillhouse_teacher"
     names = [
-        f'{prefix}_requests_total{{code="OK",method="Score",reason=""}}',
-        f'{prefix}_requests_total{{code="INVALID_ARGUMENT",method="Score",reason="TOP_K_OUT_OF_RANGE"}}',
-        f"{prefix}_scored_tokens_total",
-        f"{prefix}_prompt_tokens_total",
-        f"{prefix}_queue_wait_seconds_count",
+        f"{prefix}_requests_total{{{labels('OK', '')}}}",
+        f"{prefix}_requests_total{{{labels('INVALID_ARGUMENT', 'TOP_K_OUT_OF_RANGE')}}}",
+        f'{prefix}_scored_tokens_total{{model="oak",tenant="anonymous"}}',
+        f'{prefix}_prompt_tokens_total{{model="oak",tenant="anonymous"}}',
+        f'{prefix}_queue_wait_seconds_count{{model="oak",tenant="anonymous"}}',
+        f"{prefix}_engine_seconds_count",
         f"{prefix}_response_bytes_count",
         f'{prefix}_request_seconds_count{{method="Score"}}',
     ]
-    steps = [1, 1, 15, 5, 1, 1, 2]
+    steps = [1, 1, 15, 5, 1, 1, 1, 2]
     if oak.engine == "torch":  # vLLM counts its batches itself
         names += [f"{prefix}_batch_seconds_count", f"{prefix}_batch_sequences_sum", f"{prefix}_batch_tokens_sum"]
         steps += [1, 1, 20]
@@ -295,7 +301,8 @@ def test_the_metrics_count_what_was_scored_and_refused(oak: ServerProcess, chann
     refusal_of(channel, changed(top_k=65))
     after = [oak.metric(name) or 0.0 for name in names]
     assert [late - early for early, late in zip(before, after, strict=True)] == steps
-    assert oak.metric(f"{prefix}_pending_tokens") == 0
+    for empty in ("pending_tokens", "pending_bytes", "running_tokens", 'tenant_pending_tokens{tenant="anonymous"}'):
+        assert oak.metric(f"{prefix}_{empty}") == 0
     assert oak.metric(f"{prefix}_requests_in_flight") == 0
     info = f'{prefix}_model_info{{dtype="float32",engine="{oak.engine}",model="oak",revision="{oak.said["revision"]}"'
     assert info in oak.metrics
@@ -323,7 +330,7 @@ def test_sigterm_finishes_all_admitted_work_and_exits_with_zero(
             for seed in range(64)
         ]
         end_s = time.monotonic() + 30
-        answered = 'stillhouse_teacher_requests_total{code="OK",method="Score",reason=""}'
+        answered = f"stillhouse_teacher_requests_total{{{labels('OK', '', server.said['model'])}}}"
         while (server.metric(answered) or 0) + (server.metric("stillhouse_teacher_requests_in_flight") or 0) < 64:
             assert time.monotonic() < end_s
         server.process.send_signal(signal.SIGTERM)
@@ -406,7 +413,6 @@ class FakeEngine:
         self.started = asyncio.Event()
         self.closing = asyncio.Event()
         self.cancelled = 0
-        self.pending_tokens = 0
 
     def describe(self) -> Teacher:
         return self.teacher
@@ -428,6 +434,13 @@ class FakeEngine:
                 raise Unavailable("closed")
             await work
         return flat_scores(task)
+
+    async def check(self) -> float:
+        return 0.0
+
+    async def died(self) -> str:
+        await asyncio.Event().wait()
+        raise AssertionError
 
     async def close(self) -> None:
         self.closing.set()
@@ -459,8 +472,8 @@ async def never(task: ScoreTask) -> None:
 
 
 def requests(metrics: Metrics, code: str, reason: str) -> float | None:
-    labels = {"method": "Score", "code": code, "reason": reason}
-    return metrics.registry.get_sample_value("stillhouse_teacher_requests_total", labels)
+    found = {"tenant": "anonymous", "model": "fake", "method": "Score", "code": code, "reason": reason}
+    return metrics.registry.get_sample_value("stillhouse_teacher_requests_total", found)
 
 
 async def wait_for(condition: Callable[[], Any]) -> None:
@@ -510,7 +523,7 @@ async def test_an_unexpected_exception_is_engine_failed_and_its_text_stays_in_th
 ERRORS: list[StillhouseError] = [
     kind("something", field="f", value="v")
     for kind in BY_REASON.values()
-    if not issubclass(kind, Unavailable | Overloaded | Cancelled)
+    if not kind.retryable
 ]
 
 
@@ -596,8 +609,11 @@ async def test_each_request_writes_one_line_that_no_request_can_forge(caplog: py
         async with AsyncTeacherClient([f"127.0.0.1:{running.port}"], model="x\nmethod=Score code=OK") as forger:
             with pytest.raises(BY_REASON["UNKNOWN_MODEL"]):
                 await score(forger)
-    lines = [record.getMessage() for record in caplog.records if record.name == "teacher_server.requests"]
+    records = [record for record in caplog.records if record.name == "teacher_server.requests"]
+    lines = [logs.TextFormatter("%(message)s").format(record) for record in records]
+    who = r"answered method=Score code={} tenant=anonymous request_id=[\w-]+ attempt=1 peer=\S+ ms=\S+ "
     assert len(lines) == 2
-    assert re.match(r"method=Score code=OK peer=\S+ ms=\S+ tokens=20 score_start=5 top_k=2 ", lines[0])
-    assert re.match(r"method=Score code=NOT_FOUND peer=\S+ ms=\S+ reason=UNKNOWN_MODEL ", lines[1])
+    assert re.match(who.format("OK") + r"tokens=20 score_start=5 top_k=2 priority=0 revision=r1 ", lines[0])
+    assert re.match(who.format("NOT_FOUND") + r"reason=UNKNOWN_MODEL error=", lines[1])
     assert "\n" not in lines[1]
+    assert json.loads(logs.JsonFormatter().format(records[1]))["reason"] == "UNKNOWN_MODEL"
