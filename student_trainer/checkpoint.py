@@ -146,15 +146,19 @@ class Checkpoints:
 
     def _rotate(self) -> None:
         saved = saved_steps(self.folder)
+        self._link("latest", saved[-1])  # first: whoever follows it must not find what is removed next
         for step in saved[: -self._keep]:
             if step != self._best:
                 shutil.rmtree(self.folder / f"step-{step}")
         if self._best in saved:
-            link = self.folder / ".best.partial"
-            with contextlib.suppress(OSError):  # a file system without links: summary.json names it too
-                link.unlink(missing_ok=True)
-                link.symlink_to(f"step-{self._best}")
-                os.replace(link, self.folder / "best")
+            self._link("best", self._best)
+
+    def _link(self, name: str, step: int | None) -> None:
+        link = self.folder / f".{name}.partial"
+        with contextlib.suppress(OSError):  # a file system without links: summary.json names the checkpoints too
+            link.unlink(missing_ok=True)
+            link.symlink_to(f"step-{step}")
+            os.replace(link, self.folder / name)
 
 
 def saved_steps(folder: Path) -> list[int]:

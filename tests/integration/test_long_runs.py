@@ -174,7 +174,7 @@ def test_a_batch_that_does_not_fit_names_the_limit_to_lower(teacher, tmp_path, m
 def test_a_runaway_halts_the_run_and_leaves_the_older_checkpoints(teacher, tmp_path):
     with pytest.raises(Runaway, match=r"step 3: kl is .* above 0.010 for 3 steps \(guards.max_kl\)"):
         _run(tmp_path, teacher, "guards.max_kl=0.01", "guards.kl_steps=3", "checkpoints.every_steps=2")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-2"]
     assert len(_rows(tmp_path / "run")) == 3  # the figures that show it are kept
 
 
@@ -191,7 +191,7 @@ def test_a_run_ends_when_its_evaluations_get_no_better_and_the_best_checkpoint_i
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["best"]["step"] == 1
     assert summary["ended"].startswith("no better pass@1 in 3 evaluations; the best, 0.")
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best", "step-1", "step-4"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best", "latest", "step-1", "step-4"]
     assert os.readlink(run / "checkpoints" / "best") == "step-1"
 
 

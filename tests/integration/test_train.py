@@ -120,7 +120,7 @@ def test_the_run_directory_holds_what_the_docs_promise(teacher, tmp_path):
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "lock",
     }  # fmt: skip
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-3", "step-4"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-3", "step-4"]
     rows = _metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
@@ -290,7 +290,7 @@ def test_an_infinite_loss_stops_before_the_update_and_the_last_checkpoint_stands
         server.faults.answer_at(impossible, call=60)  # in the third step
         with pytest.raises(NonFiniteLoss, match="step 3: term reverse_kl is inf at token"):
             _run(tmp_path, server, "checkpoints.every_steps=1", "objective.recipe=reverse_kl")
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-1", "step-2"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-1", "step-2"]
     assert len(_metrics(tmp_path / "run")) == 2
 
 
