@@ -15,10 +15,9 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from stillhouse.codec import Teacher
@@ -28,10 +27,11 @@ from teacher_server.engine import Engine, EngineLost
 from teacher_server.fair_queue import Bounds
 from teacher_server.gate import Gate
 from teacher_server.health_port import HealthPort
+from teacher_server.health_service import NOT_SERVING, SERVING, HealthService
 from teacher_server.interceptors import SERVICE, CallInterceptor, CallLimits
 from teacher_server.metrics import Metrics
-from teacher_server.servicer import TeacherServicer
 from teacher_server.security import Security
+from teacher_server.servicer import TeacherServicer
 from teacher_server.serving import Serving
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class RunningServer:
     port: int
     server: grpc.aio.Server
     calls: CallInterceptor
-    status: Any  # grpc_health's asyncio servicer
+    status: HealthService
     serving: Serving
     gate: Gate
     metrics: Metrics
@@ -89,7 +89,7 @@ async def start(
     largest = ("grpc.max_receive_message_length", _largest_request(engine.describe()))
     server = grpc.aio.server(interceptors=(calls,), options=(*SERVER_OPTIONS, largest))
     pb_grpc.add_TeacherServiceServicer_to_server(TeacherServicer(serving, gate), server)
-    status = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+    status = HealthService()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     credentials = security.credentials
@@ -98,7 +98,7 @@ async def start(
     running = RunningServer(port, server, calls, status, serving, gate, metrics, health_port)
     metrics.describe(engine.describe())
     metrics.watch_queue(gate)
-    await _set_ready(running, True)
+    _set_ready(running, True)
     return running
 
 
@@ -107,9 +107,7 @@ async def stop(running: RunningServer, drain_s: float) -> None:
     calls = running.calls
     logger.info("stopping: in_flight=%d drain_s=%g", calls.in_flight, drain_s)
     calls.stopping = True
-    if running.health:
-        running.health.set_ready(False)
-    await running.status.enter_graceful_shutdown()
+    _set_ready(running, False)
     started_s = time.monotonic()
     while time.monotonic() - started_s < (drain_s if calls.in_flight else min(_NOTICE_S, drain_s)):
         await asyncio.sleep(0.02)
@@ -200,11 +198,11 @@ async def _until_the_end(running: RunningServer, stopped: asyncio.Event, drain_s
         signalled.cancel()
 
 
-async def _set_ready(running: RunningServer, ready: bool) -> None:
-    serving = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-    for service in ("", SERVICE):
-        await running.status.set(service, serving)
-    if running.health and not running.calls.stopping:
+def _set_ready(running: RunningServer, ready: bool) -> None:
+    """A server that stops is not ready, whatever its engine does."""
+    ready = ready and not running.calls.stopping
+    running.status.set(dict.fromkeys(("", SERVICE), SERVING if ready else NOT_SERVING))
+    if running.health:
         running.health.set_ready(ready)
 
 
@@ -222,7 +220,7 @@ async def _beat(running: RunningServer, stall_s: float) -> None:
                 "the engine moves again" if ready else "the engine stalls: no_progress_s=%.0f",
                 *(() if ready else (no_progress_s,)),
             )
-            await _set_ready(running, ready)
+            _set_ready(running, ready)
         await asyncio.sleep(_BEAT_S)
 
 

@@ -103,7 +103,7 @@ class _Files:
             return None
         self._seen = contents
         logger.info("TLS files reloaded: certificate=%s", self._certificate)
-        self._on_reload(True)
+        self._tell(True)
         return configuration
 
     def _refuse(self, seen: _Contents | str, error: TlsError) -> None:
@@ -111,7 +111,14 @@ class _Files:
             return
         self._seen = seen
         logger.error("TLS files not reloaded, those of before stay in use: %s", error)
-        self._on_reload(False)
+        self._tell(False)
+
+    def _tell(self, good: bool) -> None:
+        try:
+            self._on_reload(good)
+        except Exception:
+            # Raised through gRPC it would cost the new configuration, which is then never offered again.
+            logger.exception("whoever wanted to know of new TLS files failed")
 
     def _read(self) -> _Contents:
         return _Contents(

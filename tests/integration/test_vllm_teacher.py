@@ -310,6 +310,33 @@ def test_a_worker_that_stands_still_is_busy_not_dead(elm: ServerProcess, client:
         assert error_of(elm.directory, task, future.result()) <= TOLERANCE
 
 
+def test_liveness_tells_a_worker_that_stands_still_for_long_from_one_that_is_busy(elm: ServerProcess) -> None:
+    options = ("--stall-s", "3", "--health-listen", "127.0.0.1:0")
+    with (
+        serving(elm.directory, *options, engine="vllm") as server,
+        TeacherClient([server.said["listen"]]) as client,
+        grpc.insecure_channel(f"127.0.0.1:{server.said['health_port']}") as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+
+        def says(service: str) -> int:
+            return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=20).status
+
+        tasks = [make_task(700 + seed, 1000, 1) for seed in range(40)]
+        futures = [submit(client, task) for task in tasks]
+        while not all(future.done() for future in futures):
+            assert says("liveness") == says("") == health_pb2.HealthCheckResponse.SERVING, "busy, and taken for stalled"
+            time.sleep(0.1)
+        with standing_still(worker_of(server)):
+            time.sleep(4)
+            assert says("liveness") == health_pb2.HealthCheckResponse.SERVING, "idle, and taken for stalled"
+            future = submit(client, tasks[0])
+            wait_for(lambda: says("liveness") == health_pb2.HealthCheckResponse.NOT_SERVING, 20)
+            wait_for(lambda: says("") == health_pb2.HealthCheckResponse.NOT_SERVING, 5)
+        assert error_of(elm.directory, tasks[0], future.result()) <= TOLERANCE
+        wait_for(lambda: says("liveness") == says("") == health_pb2.HealthCheckResponse.SERVING, 10)
+
+
 # Memory
 
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from stillhouse.codec import Scores, ScoreTask
-from stillhouse.errors import EngineFailed, NonFiniteScores, OutOfMemory, Overloaded, Unavailable
+from stillhouse.errors import EngineFailed, NonFiniteScores, OutOfMemory, Unavailable
 from teacher_server.batching import pick_batch
 from teacher_server.loading import ServedModel, compute_dtype, digest_model, load_model
 from teacher_server.options import OptionError, parse

@@ -14,11 +14,11 @@ from stillhouse.errors import (
     EngineFailed,
     NonFiniteScores,
     OutOfMemory,
-    Overloaded,
     StillhouseError,
     Unavailable,
 )
 from teacher_server import vllm_engine
+from teacher_server.engine import SelfCheckFailed
 from teacher_server.packing import (
     Counters,
     RowRequest,
@@ -30,7 +30,7 @@ from teacher_server.packing import (
     unpack_answer,
 )
 from teacher_server.row_scores import score_logits
-from teacher_server.vllm_engine import SelfCheckFailed, VllmEngine
+from teacher_server.vllm_engine import VllmEngine
 from teacher_server.vllm_versions import UnsupportedVllm, check_version
 from tests.models import scores_of_logits
 
@@ -358,7 +358,6 @@ async def test_tiny_models_can_be_checked_too() -> None:
         worker,
         replace(TEACHER, max_sequence_tokens=2, max_top_k=0),
         died_error=WorkerGone,
-        max_queue_tokens=10,
     )
     assert await small.check() <= 1e-5
 
