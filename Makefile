@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help deps demo test lint types bench protos clean
+.PHONY: help deps demo test chaos lint types bench protos clean
 
 help: ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,13 +35,21 @@ node_modules/installed: package.json
 	scripts/generate_protos.sh
 	@touch $@
 
-deps: .venv/development .venv-vllm/installed node_modules/installed .venv-proto/bin/python ## install everything into .venv and node_modules
+# Network namespaces, a packet filter, a clock that jumps, Prometheus: from Debian, where root may install them.
+.venv/test-tools: scripts/install_test_tools.sh .venv/programs
+	scripts/install_test_tools.sh
+	@touch $@
+
+deps: .venv/development .venv/test-tools .venv-vllm/installed node_modules/installed .venv-proto/bin/python ## install everything into .venv and node_modules
 
 demo: .venv/programs ## train a student against a served teacher, and by GRPO alone; compare (12 minutes)
 	$(BIN)/python examples/chain_sum/demo.py $(ARGS)
 
 test: deps ## every test
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: deps ## the tests of faults, floods and long runs in their full form (an hour)
+	STILLHOUSE_CHAOS=full $(BIN)/python -m pytest tests/chaos $(ARGS)
 
 lint: deps ## style of the code
 	$(BIN)/ruff check .
@@ -50,11 +58,12 @@ lint: deps ## style of the code
 types: deps ## types of the code
 	node_modules/.bin/pyright --warnings
 
-bench: deps ## measure the student's step, the loop and the vLLM teacher against their peers (an hour and a half)
+bench: deps ## measure the student's step, the loop, the pool and the vLLM teacher against their peers (two hours)
 	$(BIN)/python -m benchmarks.student_step
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.teacher_throughput
+	$(BIN)/python -m benchmarks.pool
 
 protos: ## write the generated code of the contract anew
 	scripts/generate_protos.sh
