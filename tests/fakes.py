@@ -167,16 +167,26 @@ def garbage(response: pb.ScoreResponse) -> bytes:
 
 
 class FakeServer:
-    """TeacherService on 127.0.0.1, on its own thread and event loop, from construction to `stop`.
+    """TeacherService at `host`, on its own thread and event loop, from construction to `stop`.
 
-    `requests` holds every ScoreRequest seen, as it came. `in_flight` and `most_in_flight` count Score calls
-    that are being handled, `cancelled` those that the caller gave up.
+    `requests` holds every ScoreRequest seen, as it came, and `metadata` what came with it. `in_flight` and
+    `most_in_flight` count Score calls that are being handled, `cancelled` those that the caller gave up.
+    `delay_s`: what every Score takes at least. `credentials`: None for plaintext.
     """
 
-    def __init__(self, teacher: BigramTeacher | None = None, *, port: int = 0) -> None:
+    def __init__(
+        self,
+        teacher: BigramTeacher | None = None,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
         self.teacher = teacher or BigramTeacher()
+        self.delay_s = 0.0
         self.faults = Faults()
         self.requests: list[pb.ScoreRequest] = []
+        self.metadata: list[dict[str, str | bytes]] = []
         self.calls = {"Score": 0, "GetTeacher": 0}
         self.in_flight = 0
         self.most_in_flight = 0
@@ -185,8 +195,8 @@ class FakeServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fake-server", daemon=True)
         self._thread.start()
-        self.port: int = self._run(self._start(port))
-        self.address = f"127.0.0.1:{self.port}"
+        self.port: int = self._run(self._start(host, port, credentials))
+        self.address = f"{host}:{self.port}"
 
     def release(self) -> None:
         """Lets the calls that hang now, and those that would later, go on."""
@@ -218,7 +228,7 @@ class FakeServer:
     def _run(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=20.0)
 
-    async def _start(self, port: int) -> int:
+    async def _start(self, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
         self._released = asyncio.Event()
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         handlers = {
@@ -228,18 +238,24 @@ class FakeServer:
             ),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        bound = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        if credentials is None:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        else:
+            bound = self._server.add_secure_port(f"{host}:{port}", credentials)
         await self._server.start()
         return bound
 
     async def _score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse | bytes:
         with self._changed:
             self.requests.append(request)
+            self.metadata.append(dict(context.invocation_metadata()))
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
             self._changed.notify_all()
         cancelled = True
         try:
+            if self.delay_s:
+                await asyncio.sleep(self.delay_s)
             answer = await self._answer("Score", lambda: self._scores(request), context)
             cancelled = False
             return answer

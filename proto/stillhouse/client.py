@@ -1,11 +1,9 @@
 """The client of a pool of teachers: `TeacherClient` (blocking) and `AsyncTeacherClient` (asyncio).
 
-Who waits for whom: a call first waits for one of `max_in_flight` places, then goes to the server that
-`stillhouse.pool` picks. Its deadline runs from the moment it has its place and covers every retry. Only
-errors that the table in `stillhouse.errors` marks as retryable are sent again: after a random share of an
-exponential backoff, on top of the delay the server asked for if it asked for one. Scoring is idempotent, so
-a retry can never be counted twice. Closing the client ends every call that still waits, wherever it waits,
-with `Cancelled`.
+Who waits for whom: a call first waits for one of `max_in_flight` places, then goes through its attempts
+(`stillhouse.attempts`) at the servers that `stillhouse.pool` picks. Its deadline runs from the moment it has
+its place and covers every retry. Scoring is idempotent, so neither a retry nor a second copy can ever be
+counted twice. Closing the client ends every call that still waits, wherever it waits, with `Cancelled`.
 
 A request is checked and copied before `score` or `submit_score` returns; the caller may reuse its arrays at
 once.
@@ -16,15 +14,16 @@ import concurrent.futures
 import math
 import time
 import weakref
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
 from numpy.typing import ArrayLike
 
+from stillhouse.attempts import Attempts, Call
+from stillhouse.attempts import ClientStats as ClientStats
 from stillhouse.codec import (
     Scores,
     ScoreTask,
@@ -38,14 +37,16 @@ from stillhouse.errors import (
     DeadlineExceeded,
     StillhouseError,
     Unavailable,
-    WrongAnswer,
-    from_rpc_error,
 )
+from stillhouse.hedging import Hedging
 from stillhouse.loop_thread import LoopThread
 from stillhouse.pool import CHANNEL_OPTIONS as CHANNEL_OPTIONS
 from stillhouse.pool import MAX_MESSAGE_BYTES as MAX_MESSAGE_BYTES
 from stillhouse.pool import Backoff, Pool
+from stillhouse.pool import ServerState as ServerState
 from stillhouse.request import ScoreOptions, make_task
+from stillhouse.security import Security
+from stillhouse.security import Tls as Tls
 from stillhouse.v1 import teacher_pb2 as pb
 
 T = TypeVar("T")
@@ -58,24 +59,25 @@ class ClientOptions(TypedDict, total=False):
     max_in_flight: int
     backoff: Backoff | None
     credentials: grpc.ChannelCredentials | None
-
-
-@dataclass(slots=True)
-class ClientStats:
-    """What the client has done so far, for the metrics of whoever uses it. A call ends in one of
-    `answered`, `failures` and `cancelled`."""
-
-    answered: int = 0
-    cancelled: int = 0  # by the caller, or by closing the client
-    retries: Counter[str] = field(default_factory=Counter[str])  # by reason
-    failures: Counter[str] = field(default_factory=Counter[str])  # by reason, after all retries
+    tls: Tls | None
+    token_file: Path | None
+    plaintext_token: bool
+    balancing: str
+    max_servers: int
+    hedge_share: float
 
 
 class AsyncTeacherClient:
     """Scores sequences with a pool of servers of one model. Use it from one event loop, and close it.
 
-    addresses: "host:port" of every server. model: "" for the servers' only model.
-    max_in_flight: sequences on the wire at once; further calls wait. credentials: None for plaintext.
+    addresses: "host:port" of every server, or "dns:///host:port" for all that the name stands for, looked up again
+    every 5 s. model: "" for the servers' only model.
+    max_in_flight: sequences on the wire at once; further calls wait.
+    tls: files to connect with, read again when they change; None for plaintext. credentials: gRPC's own instead.
+    token_file: holds what is sent as "authorization: Bearer ..."; read again when it changes. Needs TLS, or
+    plaintext_token=True behind a proxy that encrypts.
+    balancing: a name of `stillhouse.balancing.POLICIES`. max_servers: how many of the addresses are used at once.
+    hedge_share: 0 .. 0.1, which share of the slowest calls with a pinned revision is sent to a second server too.
     """
 
     def __init__(
@@ -86,6 +88,12 @@ class AsyncTeacherClient:
         max_in_flight: int = 64,
         backoff: Backoff | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        tls: Tls | None = None,
+        token_file: Path | None = None,
+        plaintext_token: bool = False,
+        balancing: str = "least_expected_wait",
+        max_servers: int = 32,
+        hedge_share: float = 0.0,
     ) -> None:
         if isinstance(addresses, str) or not addresses:
             raise ValueError(f'addresses is {addresses!r}; give a list such as ["127.0.0.1:50051"]')
@@ -93,12 +101,18 @@ class AsyncTeacherClient:
             raise ValueError(f"max_in_flight is {max_in_flight}; it must be at least 1")
         self._addresses = tuple(addresses)
         self._model = model
-        self._backoff = backoff or Backoff()
         self._places = asyncio.Semaphore(max_in_flight)
-        self._pool = Pool(addresses, credentials)
+        security = Security(credentials=credentials, tls=tls, token_file=token_file, plaintext_token=plaintext_token)
+        self._pool = Pool(addresses, security, balancing=balancing, max_servers=max_servers)
+        self.stats = ClientStats()
+        self._attempts = Attempts(self._pool, security, backoff or Backoff(), Hedging(hedge_share), self.stats)
         self._calls: set[asyncio.Task[Any]] = set()
         self._closed = False
-        self.stats = ClientStats()
+
+    @property
+    def servers(self) -> tuple[ServerState, ...]:
+        """Every server known now and what this client knows of it, for metrics and for finding faults."""
+        return self._pool.servers
 
     def score(
         self, token_ids: ArrayLike, *, score_start: int, top_k: int, **options: Unpack[ScoreOptions]
@@ -172,15 +186,23 @@ class AsyncTeacherClient:
             self._calls.discard(call)
 
     async def _score(self, task: ScoreTask, request: pb.ScoreRequest, deadline_s: float) -> Scores:
-        with _Counted(self.stats):
+        call: Call[pb.ScoreResponse] = Call(
+            lambda stub: stub.Score,
+            request,
+            deadline_s,
+            cost_tokens=len(task.token_ids),
+            revision=task.expected_model_revision,
+        )
+        with _Ended(self.stats, call):
             async with self._places:
-                response = await self._attempts(lambda stub: stub.Score, request, deadline_s)
+                response = await self._attempts.answer(call)
             return decode_response(task, response)
 
     async def _get_teacher(self, deadline_s: float) -> Teacher:
-        with _Counted(self.stats):
-            request = pb.GetTeacherRequest(model=self._model)
-            return decode_teacher(await self._attempts(lambda stub: stub.GetTeacher, request, deadline_s))
+        request = pb.GetTeacherRequest(model=self._model)
+        call: Call[pb.GetTeacherResponse] = Call(lambda stub: stub.GetTeacher, request, deadline_s)
+        with _Ended(self.stats, call):
+            return decode_teacher(await self._attempts.answer(call))
 
     async def _wait_until_ready(
         self, deadline_s: float, on_wait: Callable[[float, StillhouseError], None] | None
@@ -202,37 +224,6 @@ class AsyncTeacherClient:
                     ) from error
             await asyncio.sleep(0.5)
 
-    async def _attempts(
-        self, method: Callable[[Any], Callable[..., Awaitable[T | None]]], request: Any, deadline_s: float
-    ) -> T:
-        """Sends `request` until it is answered, an error is final, or the deadline leaves no time."""
-        end_s = time.monotonic() + deadline_s
-        attempt = 0
-        last: StillhouseError | None = None
-        while True:
-            remaining_s = end_s - time.monotonic()
-            if remaining_s <= 0:
-                raise last or DeadlineExceeded(f"no answer within {deadline_s:g} s")
-            try:
-                async with self._pool.server() as server:
-                    answer = await method(server.stub)(request, timeout=remaining_s)
-                if answer is None:  # what grpc.aio makes of bytes that it cannot parse
-                    raise WrongAnswer("the answer's bytes are not the message expected", field="message")
-                return answer
-            except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
-                if isinstance(error, DeadlineExceeded) and last is not None:
-                    # The last retry ran out of time: what made it necessary says more.
-                    error = DeadlineExceeded(f"no answer within {deadline_s:g} s; before that: {last}")
-                # The random part also spreads the callers that one server sent away with the same delay.
-                delay_s = (error.retry_delay_s or 0.0) + self._backoff.delay_s(attempt)
-                if not error.retryable or time.monotonic() + delay_s >= end_s:
-                    raise error from rpc_error
-                last = error
-                self.stats.retries[error.reason] += 1
-                attempt += 1
-            await asyncio.sleep(delay_s)
-
 
 class TeacherClient:
     """The same pool, blocking, with `submit_score` to keep many calls in flight. Safe from any thread.
@@ -252,6 +243,11 @@ class TeacherClient:
     def stats(self) -> ClientStats:
         """What the client has done so far."""
         return self._client.stats
+
+    @property
+    def servers(self) -> tuple[ServerState, ...]:
+        """See `AsyncTeacherClient.servers`."""
+        return self._client.servers
 
     def score(self, token_ids: ArrayLike, *, score_start: int, top_k: int, **options: Unpack[ScoreOptions]) -> Scores:
         """See `AsyncTeacherClient.score`."""
@@ -286,11 +282,12 @@ class TeacherClient:
         self.close()
 
 
-class _Counted:
-    """Counts how the call inside the `with` block ends."""
+class _Ended:
+    """Counts how the call inside the `with` block ends, and makes its error say which call it was."""
 
-    def __init__(self, stats: ClientStats) -> None:
+    def __init__(self, stats: ClientStats, call: Call[Any]) -> None:
         self._stats = stats
+        self._call = call
 
     def __enter__(self) -> None:
         pass
@@ -302,6 +299,7 @@ class _Counted:
             self._stats.answered += 1
         elif isinstance(value, StillhouseError):
             self._stats.failures[value.reason] += 1
+            self._call.name(value)
         elif isinstance(value, asyncio.CancelledError):
             self._stats.cancelled += 1
 

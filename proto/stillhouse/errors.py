@@ -51,7 +51,8 @@ class StillhouseError(Exception):
     """Root of the table.
 
     `fields` names what is wrong (for example `{"field": "top_k", "value": "999", "max": "256"}`) and travels
-    in `ErrorInfo.metadata`. `retry_delay_s`, if given, travels in `RetryInfo`.
+    in `ErrorInfo.metadata`. `retry_delay_s`, if given, travels in `RetryInfo`. The client adds what servers' logs
+    can be searched for: `request_id`, and `address`, the server asked last; "" where there was none.
     """
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
@@ -63,6 +64,8 @@ class StillhouseError(Exception):
         self.message = message
         self.fields = {name: str(value) for name, value in fields.items()}
         self.retry_delay_s = retry_delay_s
+        self.request_id = ""
+        self.address = ""
 
 
 class InvalidRequest(StillhouseError, ValueError):

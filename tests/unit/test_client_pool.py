@@ -144,7 +144,7 @@ def test_a_server_that_comes_back_is_used_again() -> None:
             future.result(timeout=20)
         with FakeServer(port=server.port) as again:
             until(lambda: bool(score(client) and again.requests))
-        assert [s.failures for s in client._client._pool._servers] == [0, 0], "its next rest would be longer"
+        assert [s.failures for s in client.servers] == [0, 0], "its next rest would be longer"
         assert not client.stats.failures
 
 
@@ -158,7 +158,7 @@ def test_calls_that_fail_together_make_a_server_rest_once() -> None:
         for future in futures:
             future.result(timeout=20)
         assert client.stats.retries.total() >= 10
-        assert max(s.failures for s in client._client._pool._servers) <= 2, "it would rest for many seconds"
+        assert max(s.failures for s in client.servers) <= 2, "it would rest for many seconds"
 
 
 def test_an_address_that_accepts_and_never_speaks_does_not_hold_a_call(
