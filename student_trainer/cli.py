@@ -109,6 +109,7 @@ def _is_main() -> bool:
 
 def _failed(error: Exception) -> int:
     """Says in one message what ended the run; what nobody foresaw is raised on, with its traceback."""
+    from stillhouse.archive import ArchiveError
     from stillhouse.errors import StillhouseError
     from student_trainer.checkpoint import CheckpointError
     from student_trainer.guards import Runaway
@@ -128,7 +129,7 @@ def _failed(error: Exception) -> int:
             print(f"student-trainer: {error}: saved, --resume goes on from here", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 0
     training = NonFiniteLoss | Runaway | DoesNotFit | CheckpointError
-    if isinstance(error, training | VerifierError | PeerFailed | SamplerLost | WrongWeights):
+    if isinstance(error, training | VerifierError | PeerFailed | SamplerLost | WrongWeights | ArchiveError):
         print(f"student-trainer: {error}", file=sys.stderr)
         return 1
     raise error

@@ -58,6 +58,45 @@ class StudentConfig(ConfigModel):
         return self
 
 
+class ArchiveConfig(ConfigModel):
+    """Where the teacher's scores are kept, and looked up before it is asked."""
+
+    url: str = Field(min_length=1)
+    """A directory (from the working directory), file:///path, or s3://bucket/prefix."""
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Size that a directory is kept below, by removing what was not used for longest; null: no limit."""
+    mode: Literal["record", "cache"] = "record"
+    """`record`: a score is learnt from only once it is durably written. `cache`: writing is not waited for."""
+    on_write_failure: Literal["warn", "stop"] = "warn"
+    """When a score cannot be written in `record` mode: go on with it and say so, or end the run."""
+
+
+class OfflineConfig(ConfigModel):
+    """Learn from the answers and scores of an archive, without a teacher and without sampling.
+
+    All entries that are used must be of one kind. Where an archive holds several, the keys other than `archive` choose.
+    """
+
+    archive: str = Field(min_length=1)
+    """A directory (from the working directory), file:///path, or s3://bucket/prefix."""
+    teacher_model: str | None = None
+    """Name of the model that scored; null: the archive's only one. The same for all that follow."""
+    teacher_revision: str | None = None
+    """Its revision."""
+    compute_dtype: str | None = None
+    """The precision that it computed in."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Temperature of the scores; must be that of the objective too."""
+    top_k: int | None = Field(default=None, ge=0)
+    """Most likely teacher tokens at each position."""
+    candidates: int | None = Field(default=None, ge=0)
+    """The student's own tokens at each position, besides the one that is there."""
+    wire_dtype: Literal["float32", "float16"] | None = None
+    """How log-probabilities travelled."""
+    rollout_temperature: float | None = Field(default=None, gt=0)
+    """Temperature at which the answers were drawn; must be rollout.temperature too."""
+
+
 class TeacherConfig(ConfigModel):
     """The pool of teacher servers."""
 
@@ -82,6 +121,8 @@ class TeacherConfig(ConfigModel):
     """How long the run waits when no teacher answers any more, before it gives up."""
     max_unscored_share: float = Field(default=0.05, ge=0, le=1)
     """Largest share of a step's answers that may be dropped because the teacher cannot score them."""
+    archive: ArchiveConfig | None = None
+    """Keep the scores, and do not ask again for those that are kept; null: ask for all."""
 
 
 class VllmConfig(ConfigModel):
@@ -217,9 +258,12 @@ class RunConfig(ConfigModel):
     steps: int = Field(ge=1)
     """Training steps: one batch of rollouts each."""
     student: StudentConfig
-    prompts: PromptsConfig
+    prompts: PromptsConfig | None = None
+    """Where they come from; with `offline` from the archive, and this is left out."""
     objective: ObjectiveConfig
     teacher: TeacherConfig | None = None
+    offline: OfflineConfig | None = None
+    """In place of `teacher` and `prompts`."""
     rollout: RolloutConfig = RolloutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig | None = None
@@ -237,7 +281,11 @@ class RunConfig(ConfigModel):
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
         gradient, rollout = self.objective.policy_gradient, self.rollout
-        if self.objective.needs_teacher and self.teacher is None:
+        if self.offline is not None:
+            self._offline_fits()
+        elif self.prompts is None:
+            raise ValueError("prompts: is missing; add it (only a run with offline.archive has none)")
+        elif self.objective.needs_teacher and self.teacher is None:
             raise ValueError("the objective has a term that needs a teacher; give teacher.addresses")
         if gradient is not None and gradient.surrogate == "trrd" and self.distil_temperature != rollout.temperature:
             raise ValueError(
@@ -260,6 +308,26 @@ class RunConfig(ConfigModel):
                 "the nucleus; set it to 1, or rollout.engine to transformers"
             )
         return self
+
+    def _offline_fits(self) -> None:
+        """Refuses what an archive cannot give: it has answers of another student, and nobody's opinion of them."""
+        for name in ("teacher", "prompts"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: is given with offline, which takes its place; leave one of the two out")
+        if self.objective.policy_gradient is not None:
+            raise ValueError(
+                "objective.policy_gradient: is given with offline; it needs rewards and answers of the student as it "
+                "is, and an archive has neither: leave it out (null), for example by recipe: reverse_kl"
+            )
+        masks = sorted({divergence.mask for divergence in self.objective.divergences} - {"all"})
+        if masks or self.objective.prompt_weights is not None:
+            what = f"divergences with mask: {masks[0]}" if masks else "prompt_weights"
+            raise ValueError(f"objective: has {what}, with offline; that needs rewards, and an archive has none")
+        if self.rollout.batches_ahead:
+            raise ValueError(
+                f"rollout.batches_ahead: {self.rollout.batches_ahead} with offline, where nothing is generated; set "
+                "it to 0"
+            )
 
     @property
     def importance(self) -> Importance | None:
@@ -288,6 +356,8 @@ MAY_CHANGE = (
     "teacher.start_deadline_s",
     "teacher.outage_s",
     "teacher.max_unscored_share",
+    "teacher.archive",
+    "offline.archive",
     "prompts.path",
     "evaluation.prompts.path",
     "rollout.batch_size",
@@ -302,7 +372,7 @@ MAY_CHANGE = (
     "metrics_port",
 )
 """Keys that a resumed run may have otherwise than the run that it goes on with: where and how fast, not what.
-A model and prompts that lie elsewhere are compared with those that the run began with."""
+A model, prompts and an offline archive that lie elsewhere are compared with those that the run began with."""
 
 
 def plain_config(config: RunConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ what their groups of answers came to: pass rates and prompt weights are those of
 Each process has the prompts of its rank, with all answers to them.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -203,13 +204,15 @@ def _learnt_of_groups(
     paced: Paced | None,
 ) -> dict[int, float]:
     """Updates `pass_rates` by all groups of the step, and gives the weight of each of them. A meeting."""
-    own = [
-        (index, group[0][0].rollout.prompt.key, sum(judged.reward >= pass_threshold for judged, _ in group), len(group))
-        for index, group in groups.items()
-    ]
+    own = []
+    for index, group in groups.items():
+        # An archived answer has a reward of NaN: nobody judged it, so it neither passed nor failed.
+        passed = [judged.reward >= pass_threshold for judged, _ in group if not math.isnan(judged.reward)]
+        own.append((index, group[0][0].rollout.prompt.key, sum(passed), len(passed)))
     everyone = sorted(entry for entries in processes.gather(own) for entry in entries)
     for _, key, passes, total in everyone:
-        pass_rates.update(key, passes, total)
+        if total:
+            pass_rates.update(key, passes, total)
     if paced is None:
         return {index: 1.0 for index, *_ in everyone}
     rates = [rate for _, key, *_ in everyone if (rate := pass_rates.rate(key)) is not None]  # all: just updated

@@ -10,17 +10,21 @@ at the end of a step. Every process takes every decision (to stop, to halt, to s
 """
 
 import contextlib
+import math
 import time
 from typing import Any
 
 import numpy as np
 
+from stillhouse.archive import ArchiveStats
 from student_trainer.experience import InFlight, begin, finish
 from student_trainer.guards import Runaway
 from student_trainer.in_flight import random_state, write_process
 from student_trainer.metrics import progress_line
+from student_trainer.offline import BEFORE_THE_RUN, judged
 from student_trainer.parts import Parts, RunState
 from student_trainer.pipeline import Pipeline
+from student_trainer.processes import Processes
 from student_trainer.resuming import describe
 from student_trainer.stopping import Stopped, Stopping
 from student_trainer.update import train_step
@@ -78,6 +82,7 @@ def _step(parts: Parts, state: RunState, pipeline: Pipeline) -> None:
     start_s = time.monotonic()
     outage_s = parts.scorer.total_outage_s if parts.scorer else 0.0
     retries = parts.scorer.retries if parts.scorer else 0
+    archived = parts.scorer.archive_stats if parts.scorer else None
     figures = parts.hand_over(step)
     pipeline.fill(step)
     experience = finish(
@@ -116,10 +121,25 @@ def _step(parts: Parts, state: RunState, pipeline: Pipeline) -> None:
     if parts.scorer:
         row["teacher_retries"] = sum(parts.processes.gather(parts.scorer.retries - retries))
         row["teacher_outage_s"] = max(parts.processes.gather(parts.scorer.total_outage_s - outage_s))
+    if parts.scorer and archived is not None:
+        row |= _archive_figures(parts.processes, archived, parts.scorer.archive_stats)
     state.step += 1
     state.rollouts += sum(parts.processes.gather(len(experience.samples)))
     state.response_tokens += int(row["response_tokens"])
-    state.row = row | {"rollouts": state.rollouts}
+    state.row = (row if config.offline is None else judged(row)) | {"rollouts": state.rollouts}
+
+
+def _archive_figures(processes: Processes, before: ArchiveStats, now: ArchiveStats | None) -> dict[str, int]:
+    """What the archive did for this step, or meanwhile for later ones, in all processes."""
+    assert now is not None
+    own = (
+        now.hits + now.shared - before.hits - before.shared,
+        now.misses - before.misses,
+        now.corrupt - before.corrupt,
+        now.write_failures - before.write_failures,
+    )
+    names = ("archive_hits", "archive_misses", "archive_corrupt", "archive_write_failures")
+    return {name: sum(counts) for name, counts in zip(names, zip(*processes.gather(own), strict=True), strict=True)}
 
 
 def _begin(parts: Parts, step: int, student_step: int, stop: Stopping) -> InFlight:
@@ -131,7 +151,7 @@ def _begin(parts: Parts, step: int, student_step: int, stop: Stopping) -> InFlig
         mine,
         config.rollout.answers_per_prompt,
         step=step,
-        student_step=student_step,
+        student_step=student_step if config.offline is None else BEFORE_THE_RUN,
         sampler=parts.sampler,
         judge=parts.judge,
         scorer=parts.scorer,
@@ -160,7 +180,8 @@ def _look(parts: Parts, state: RunState, pipeline: Pipeline) -> tuple[dict[str, 
     row |= state.guards.alarms(row, config.guards)
     state.row = None
     if parts.processes.is_main:
-        print(progress_line(row, config.steps), flush=True)
+        # Rewards are missing where nobody judged the answers.
+        print(progress_line({"reward": math.nan, "pass_rate": math.nan} | row, config.steps), flush=True)
     return row, best, ended
 
 

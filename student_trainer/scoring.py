@@ -1,13 +1,17 @@
 """The trainer's side of the teacher pool: checks at start, and rollouts in, scores out."""
 
+import base64
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any
+from typing import Any, Protocol, Unpack
 
-from stillhouse.client import TeacherClient
+from numpy.typing import ArrayLike
+
+from stillhouse.archive import Archive, ArchivedClient, ArchiveError, ArchiveStats
+from stillhouse.client import ClientStats, TeacherClient
 from stillhouse.codec import Scores, Teacher
 from stillhouse.errors import (
     DeadlineExceeded,
@@ -21,6 +25,7 @@ from stillhouse.errors import (
     VocabularyMismatch,
     WrongAnswer,
 )
+from stillhouse.request import ScoreOptions
 from stillhouse.vocabulary import vocabulary_digest
 from student_trainer.batch import Rollout, candidates_for_teacher
 from student_trainer.config import ConfigError, RunConfig, TeacherConfig
@@ -34,6 +39,25 @@ _POLL_S = 0.5
 _SHOW_EVERY_S = 10.0
 
 
+class ScoringClient(Protocol):
+    """What a `Scorer` asks: the pool, the pool behind an archive, or an archive alone."""
+
+    @property
+    def stats(self) -> ClientStats:
+        """What it has done so far."""
+        ...
+
+    def submit_score(
+        self, token_ids: ArrayLike, *, score_start: int, top_k: int, **options: Unpack[ScoreOptions]
+    ) -> Future[Scores]:
+        """See `TeacherClient.submit_score`."""
+        ...
+
+    def close(self) -> None:
+        """See `TeacherClient.close`."""
+        ...
+
+
 class Scorer:
     """Scores rollouts with the pool, against the revision and vocabulary that were checked at start.
 
@@ -41,12 +65,23 @@ class Scorer:
     which is waited out up to `outage_s`. The teacher cannot score this sequence: it is dropped, after a second try
     where that can help. The pool is not what it was at the start (another revision, another vocabulary): the run
     ends, because every further score would be of something else.
+
+    temperature: of the scores. rollout_temperature: at which answers are drawn, to be kept with them in an archive.
     """
 
-    def __init__(self, client: TeacherClient, config: TeacherConfig, teacher: Teacher, temperature: float) -> None:
+    def __init__(
+        self,
+        client: ScoringClient,
+        config: TeacherConfig,
+        teacher: Teacher,
+        temperature: float,
+        *,
+        rollout_temperature: float = 1.0,
+    ) -> None:
         self._client = client
         self._config = config
         self._temperature = temperature
+        self._rollout_temperature = rollout_temperature
         self.teacher = teacher
         self.outage_s = 0.0
         """How long nobody has answered a call that waits; 0 while the pool is up."""
@@ -58,17 +93,21 @@ class Scorer:
 
     def submit(self, rollout: Rollout) -> Future[Scores]:
         """Starts scoring the response of `rollout`; more calls than `max_in_flight` wait inside the client."""
-        return self._client.submit_score(
-            rollout.token_ids,
-            score_start=len(rollout.prompt.token_ids),
-            top_k=min(self._config.top_k, self.teacher.vocabulary_size),
-            candidate_ids=candidates_for_teacher(rollout),
-            temperature=self._temperature,
-            deadline_s=self._config.deadline_s,
-            half_precision=self._config.wire_dtype == "float16",
-            expected_model_revision=self.teacher.model_revision,
-            expected_vocabulary_digest=self.teacher.vocabulary_digest,
-        )
+        options: ScoreOptions = {
+            "candidate_ids": candidates_for_teacher(rollout),
+            "temperature": self._temperature,
+            "deadline_s": self._config.deadline_s,
+            "half_precision": self._config.wire_dtype == "float16",
+            "expected_model_revision": self.teacher.model_revision,
+            "expected_vocabulary_digest": self.teacher.vocabulary_digest,
+            "expected_compute_dtype": self.teacher.compute_dtype,
+        }
+        tokens, start = rollout.token_ids, len(rollout.prompt.token_ids)
+        top_k = min(self._config.top_k, self.teacher.vocabulary_size)
+        if isinstance(self._client, ArchivedClient):
+            facts = answer_facts(rollout, self._rollout_temperature)
+            return self._client.submit_score(tokens, score_start=start, top_k=top_k, facts=facts, **options)
+        return self._client.submit_score(tokens, score_start=start, top_k=top_k, **options)
 
     def collect(
         self, rollouts: Sequence[Rollout], futures: Sequence[Future[Scores]], *, stop: Stopping = never
@@ -128,6 +167,11 @@ class Scorer:
         """Calls sent again so far."""
         return self._client.stats.retries.total()
 
+    @property
+    def archive_stats(self) -> ArchiveStats | None:
+        """What was done with the archive so far; None without one."""
+        return self._client.archive.stats if isinstance(self._client, ArchivedClient) else None
+
     def close(self) -> None:
         """Closes the connections."""
         self._client.close()
@@ -159,7 +203,9 @@ def connect(config: RunConfig, teacher: TeacherConfig, tokenizer: Any, *, stop: 
     Waits up to `start_deadline_s` with a line on stderr every few seconds. Raises ConfigError for what can be
     known to fail later: another vocabulary, top_k or lengths beyond the server's limits; Stopped once `stop()`.
     """
-    client = TeacherClient(teacher.addresses, model=teacher.model, max_in_flight=teacher.max_in_flight)
+    archive = _open_archive(teacher)
+    pool = TeacherClient(teacher.addresses, model=teacher.model, max_in_flight=teacher.max_in_flight)
+    client = pool if archive is None else ArchivedClient(pool, archive)
     shown_s = -10.0
 
     def on_wait(elapsed_s: float, error: StillhouseError) -> None:
@@ -180,7 +226,33 @@ def connect(config: RunConfig, teacher: TeacherConfig, tokenizer: Any, *, stop: 
     except BaseException:
         client.close()
         raise
-    return Scorer(client, teacher, served, config.distil_temperature)
+    return Scorer(client, teacher, served, config.distil_temperature, rollout_temperature=config.rollout.temperature)
+
+
+def _open_archive(teacher: TeacherConfig) -> Archive | None:
+    config = teacher.archive
+    if config is None:
+        return None
+    try:
+        return Archive.open(
+            config.url, max_bytes=config.max_bytes, mode=config.mode, on_write_failure=config.on_write_failure
+        )
+    except ArchiveError as error:
+        raise ConfigError(f"teacher.archive: {error}") from error
+
+
+def answer_facts(rollout: Rollout, rollout_temperature: float) -> dict[str, Any]:
+    """What an archive keeps of an answer besides its request and its scores, for `student_trainer.offline`.
+
+    The rest follows from the tokens. Rewards are not among it: they come after the score was asked for.
+    """
+    return {
+        "prompt_key": rollout.prompt.key,
+        "finished": rollout.finished,
+        "rollout_temperature": rollout_temperature,
+        # float32, little-endian, in base64: exact, and half as long as digits
+        "sampler_logprobs": base64.b64encode(rollout.sampler_logprobs.astype("<f4", copy=False).tobytes()).decode(),
+    }
 
 
 def _check_fit(config: RunConfig, teacher: TeacherConfig, served: Teacher, tokenizer: Any) -> None:

@@ -34,6 +34,7 @@ from student_trainer.experience import InFlight
 from student_trainer.handover import HandOver
 from student_trainer.loop import fit
 from student_trainer.metrics import Exporter
+from student_trainer.offline import Offline, OfflineRunDir, open_offline
 from student_trainer.parallel import make_accelerator, meeting_timeout_s, whole_for_generation
 from student_trainer.parts import Parts, RunState
 from student_trainer.passrate import PassRates
@@ -177,6 +178,7 @@ class _Checked:
     held_out: Problems | None
     order: PromptOrder
     scorer: Scorer | None
+    offline: Offline | None
     model: Any  # as it is saved
     student: Policy
     identity: dict[str, Any]  # of what a resumed run has to have again
@@ -186,7 +188,14 @@ def _check(setting: _Setting) -> _Checked:
     """Loads prompts, verifiers, teacher and model, and refuses what does not fit."""
     config, folder = setting.config, setting.folder
     tokenizer = load_tokenizer(config.student.model)
-    problems = load_problems(config.prompts, tokenizer, folder)
+    offline = None
+    if config.offline is not None:
+        offline = open_offline(config, tokenizer, tell=setting.processes.is_main, stop=setting.stop)
+        setting.stack.callback(offline.close)
+        problems = offline.problems
+    else:
+        assert config.prompts is not None  # the configuration has seen to it
+        problems = load_problems(config.prompts, tokenizer, folder)
     held_out = load_held_out(config.evaluation, tokenizer, folder) if config.evaluation else None
     if held_out and setting.processes.is_main:
         warn_of_overlap(problems.prompts, held_out.prompts)
@@ -198,7 +207,7 @@ def _check(setting: _Setting) -> _Checked:
         raise ConfigError(
             f"rollout.prompts_per_step: {prompts} for {processes} processes; each needs at least one prompt"
         )
-    scorer = None
+    scorer = offline.scorer if offline else None
     if config.teacher and config.objective.needs_teacher:
         scorer = connect(config, config.teacher, tokenizer, stop=setting.stop)
         setting.stack.callback(scorer.close)
@@ -214,10 +223,10 @@ def _check(setting: _Setting) -> _Checked:
         check_packing(student)
     identity = {
         "model": fingerprint(student.model),
-        "prompts": prompts_digest(problems.prompts),
+        "prompts": offline.digest if offline else prompts_digest(problems.prompts),
         "teacher": scorer.teacher.model_revision if scorer else None,
     }
-    return _Checked(tokenizer, problems, held_out, order, scorer, model, student, identity)
+    return _Checked(tokenizer, problems, held_out, order, scorer, offline, model, student, identity)
 
 
 def _build(setting: _Setting, checked: _Checked) -> Parts:
@@ -243,7 +252,7 @@ def _build(setting: _Setting, checked: _Checked) -> Parts:
             print(f"metrics at {exporter.url}", flush=True)
         if scorer and exporter:
             scorer.on_outage = lambda seconds: exporter.set("teacher_outage_now_s", seconds)
-        run_dir = RunDir(config, writes=processes.is_main)
+        run_dir = (OfflineRunDir if checked.offline else RunDir)(config, writes=processes.is_main)
         stack.callback(run_dir.close)
     assess = None
     if held_out and config.evaluation:
@@ -253,7 +262,7 @@ def _build(setting: _Setting, checked: _Checked) -> Parts:
         policy=policy,
         model=checked.model,
         tokenizer=checked.tokenizer,
-        sampler=sampler,
+        sampler=checked.offline.sampler if checked.offline else sampler,
         hand_over=hand_over,
         scorer=scorer,
         judge=checked.problems.judge,

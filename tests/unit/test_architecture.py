@@ -63,7 +63,9 @@ def test_the_two_programs_never_import_each_other() -> None:
 
 
 def test_the_contract_needs_numpy_and_grpc_only() -> None:
-    assert outside_packages(CONTRACT) == {"stillhouse", "numpy", "grpc", "grpc_status", "google"}
+    assert outside_packages(CONTRACT) - {"obstore"} == {"stillhouse", "numpy", "grpc", "grpc_status", "google"}
+    # The bucket's library is imported when a bucket is asked for, and by one file.
+    assert importers(CONTRACT, "obstore") == ["proto/stillhouse/archive_stores.py"]
 
 
 def test_the_head_needs_torch_and_the_contract_only() -> None:
@@ -86,9 +88,9 @@ def test_the_source_root_is_no_package() -> None:
     assert not (ROOT / "proto" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("module", ["client", "codec", "errors", "vocabulary", "v1.teacher_pb2_grpc"])
+@pytest.mark.parametrize("module", ["archive", "client", "codec", "errors", "vocabulary", "v1.teacher_pb2_grpc"])
 def test_importing_the_contract_loads_no_framework(module: str) -> None:
-    heavy = ["torch", "transformers", "vllm", "pydantic", "teacher_server", "student_trainer", "lm_head"]
+    heavy = ["obstore", "torch", "transformers", "vllm", "pydantic", "teacher_server", "student_trainer", "lm_head"]
     program = f"import sys, stillhouse.{module}\nprint([name for name in {heavy} if name in sys.modules])"
     ended = subprocess.run(
         [sys.executable, "-c", program],
