@@ -61,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--temperature", type=float, default=1.0)
     score.add_argument("--max-in-flight", type=int, default=64)
     score.add_argument("--deadline-s", type=float, default=120.0, help="of one sequence, retries included")
+    score.add_argument("--tls", action="store_true", help="encrypt; the options below imply it")
+    score.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM of the servers' authority")
+    score.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM of your own certificate")
+    score.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of its key")
+    score.add_argument("--tls-server-name", metavar="NAME", help="that the servers' certificates must have")
+    score.add_argument("--token-file", type=Path, metavar="FILE", help="holds a bearer token")
+    score.add_argument("--plaintext-token", action="store_true", help="send it without TLS")
     score.add_argument("--part-size", type=int, default=1024, help="sequences in a file")
     return parser
 

@@ -121,6 +121,24 @@ class TeacherConfig(ConfigModel):
     """How long the run waits when no teacher answers any more, before it gives up."""
     max_unscored_share: float = Field(default=0.05, ge=0, le=1)
     """Largest share of a step's answers that may be dropped because the teacher cannot score them."""
+    on_new_revision: Literal["stop", "follow"] = "stop"
+    """When the pool serves other weights than at the start: end the run by name, or learn from them from then on."""
+    hedge_share: float = Field(default=0.0, ge=0, le=0.1)
+    """Share of the slowest calls that are also sent to a second server; 0: none."""
+    tls: bool = False
+    """Encrypt, and check the servers' certificates; the keys below imply it."""
+    tls_ca: Path | None = None
+    """PEM of the authority whose certificates servers must have; null: the public ones."""
+    tls_certificate: Path | None = None
+    """PEM of this client's own certificate, for servers that want one."""
+    tls_key: Path | None = None
+    """PEM of its private key."""
+    tls_server_name: str | None = None
+    """Name that servers' certificates must have; null: the one in the address."""
+    token_file: Path | None = None
+    """File with a bearer token; read again when it changes."""
+    plaintext_token: bool = False
+    """Send the token without TLS: something on this side encrypts."""
     archive: ArchiveConfig | None = None
     """Keep the scores, and do not ask again for those that are kept; null: ask for all."""
 
@@ -356,6 +374,15 @@ MAY_CHANGE = (
     "teacher.start_deadline_s",
     "teacher.outage_s",
     "teacher.max_unscored_share",
+    "teacher.on_new_revision",
+    "teacher.hedge_share",
+    "teacher.tls",
+    "teacher.tls_ca",
+    "teacher.tls_certificate",
+    "teacher.tls_key",
+    "teacher.tls_server_name",
+    "teacher.token_file",
+    "teacher.plaintext_token",
     "teacher.archive",
     "offline.archive",
     "prompts.path",

@@ -10,7 +10,6 @@ at the end of a step. Every process takes every decision (to stop, to halt, to s
 """
 
 import contextlib
-import math
 import time
 from typing import Any
 
@@ -181,7 +180,7 @@ def _look(parts: Parts, state: RunState, pipeline: Pipeline) -> tuple[dict[str, 
     state.row = None
     if parts.processes.is_main:
         # Rewards are missing where nobody judged the answers.
-        print(progress_line({"reward": math.nan, "pass_rate": math.nan} | row, config.steps), flush=True)
+        print(progress_line(row, config.steps), flush=True)
     return row, best, ended
 
 

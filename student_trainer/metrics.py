@@ -235,10 +235,11 @@ def progress_line(row: dict[str, Any], steps: int) -> str:
     """One line a person reads while the run goes on."""
     seconds = row["step_s"]
     teacher = f"kl {row['kl']:.3f}  " if "kl" in row else ""
+    judged = f"reward {row['reward']:.3f}  pass {row['pass_rate']:.3f}  " if "reward" in row else ""
     raised = [name.removeprefix("alarm_") for name in row if name.startswith("alarm_") and row[name]]
     alarms = "".join(f"  ALARM {name}" for name in raised)
     return (
-        f"step {row['step']:>{len(str(steps))}}/{steps}  reward {row['reward']:.3f}  pass {row['pass_rate']:.3f}  "
+        f"step {row['step']:>{len(str(steps))}}/{steps}  {judged}"
         f"{teacher}entropy {row['entropy']:.3f}  loss {row['loss']:+.4f}  grad {row['grad_norm']:.2f}  "
         f"len {row['response_length']:.0f}  {row['tokens_per_s']:,.0f} tok/s  {seconds:.2f} s "
         f"(rollout {row['rollout_s'] / seconds:.0%}, reward {row['reward_s'] / seconds:.0%}, "

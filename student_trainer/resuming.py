@@ -41,7 +41,8 @@ def check_identity(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any])
         "teacher": f"teacher: serves revision {now['teacher']}, not the one ({saved['teacher']})",
     }
     for name, what in meanings.items():
-        if saved[name] != now[name]:
+        followed = name == "teacher" and now[name] is None  # whatever it serves
+        if saved[name] != now[name] and not followed:
             raise ConfigError(f"{what} that {checkpoint} was made with; put it back, or start a new run")
 
 

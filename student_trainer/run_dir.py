@@ -161,6 +161,7 @@ def _sample_row(step: int, sample: Sample, student_logprobs: list[float]) -> dic
         "sampler_logprobs": _rounded(rollout.sampler_logprobs),
         "student_logprobs": _rounded(student_logprobs),
         "teacher_logprobs": None if scores is None else _rounded(scores.sampled_logprobs),
+        "teacher_revision": None if scores is None else scores.model_revision,
     }
 
 

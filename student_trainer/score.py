@@ -26,6 +26,7 @@ import numpy as np
 
 from stillhouse.client import TeacherClient
 from stillhouse.codec import Scores, Teacher
+from stillhouse.security import Tls
 from stillhouse.vocabulary import vocabulary_digest
 from student_trainer.config import ConfigError
 from student_trainer.policy import load_tokenizer
@@ -39,7 +40,7 @@ def score_file(options: argparse.Namespace) -> None:
     """Scores `options.input` part by part into `options.output` (see the command line for the rest)."""
     tokenizer = load_tokenizer(options.tokenizer)
     sequences = _read(options.input, tokenizer)
-    with TeacherClient(options.teacher, model=options.model, max_in_flight=options.max_in_flight) as client:
+    with _client(options) as client:
         teacher = client.wait_until_ready(
             deadline_s=60.0,
             on_wait=lambda elapsed_s, error: print(
@@ -63,6 +64,7 @@ def score_file(options: argparse.Namespace) -> None:
                     temperature=options.temperature,
                     deadline_s=options.deadline_s,
                     expected_model_revision=teacher.model_revision,
+                    expected_compute_dtype=teacher.compute_dtype,
                 )
                 for _, ids, start in chosen
             ]
@@ -70,6 +72,22 @@ def score_file(options: argparse.Namespace) -> None:
             tokens += sum(len(ids) - start for _, ids, start in chosen)
             rate = tokens / (time.monotonic() - start_s)
             print(f"{path}: {len(chosen)} sequences, {rate:,.0f} tokens/s", file=sys.stderr, flush=True)
+
+
+def _client(options: argparse.Namespace) -> TeacherClient:
+    files = options.tls_ca, options.tls_certificate, options.tls_key
+    tls = Tls(*files, options.tls_server_name) if options.tls or any(files) or options.tls_server_name else None
+    try:
+        return TeacherClient(
+            options.teacher,
+            model=options.model,
+            max_in_flight=options.max_in_flight,
+            tls=tls,
+            token_file=options.token_file,
+            plaintext_token=options.plaintext_token,
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--teacher, --tls-... or --token-file: {error}") from error
 
 
 def _gather(futures: list[Future[Scores]], *, note_every_s: float = 10.0) -> list[Scores]:

@@ -18,14 +18,17 @@ from stillhouse.errors import (
     EngineFailed,
     ModelRevisionMismatch,
     NonFiniteScores,
+    PermissionDenied,
     StillhouseError,
     TransportFailed,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
     VocabularyMismatch,
     WrongAnswer,
 )
 from stillhouse.request import ScoreOptions
+from stillhouse.security import Tls
 from stillhouse.vocabulary import vocabulary_digest
 from student_trainer.batch import Rollout, candidates_for_teacher
 from student_trainer.config import ConfigError, RunConfig, TeacherConfig
@@ -34,6 +37,7 @@ from student_trainer.stopping import Stopped, Stopping, never
 
 _CHANGED = (UnknownModel, ModelRevisionMismatch, VocabularyMismatch)
 _WORTH_ANOTHER_TRY = (EngineFailed, NonFiniteScores, TransportFailed, WrongAnswer)
+_REFUSED = (Unauthenticated, PermissionDenied)
 _TRIES_TOO_LATE = 3
 _POLL_S = 0.5
 _SHOW_EVERY_S = 10.0
@@ -64,7 +68,11 @@ class Scorer:
     What goes wrong with a call is one of three things. The pool is away (nobody answers, or too late): an outage,
     which is waited out up to `outage_s`. The teacher cannot score this sequence: it is dropped, after a second try
     where that can help. The pool is not what it was at the start (another revision, another vocabulary): the run
-    ends, because every further score would be of something else.
+    ends, because every further score would be of something else. A pool that does not know the run any more (a token
+    or a right was taken away) is away, too: somebody may give it back.
+
+    Unless the run follows new revisions: then each score is of the one that the pool serves at that moment, and says
+    which.
 
     temperature: of the scores. rollout_temperature: at which answers are drawn, to be kept with them in an archive.
     """
@@ -90,6 +98,8 @@ class Scorer:
         self.total_outage_s = 0.0
         """Of all outages so far."""
         self._shown_s = 0.0
+        self._follows = config.on_new_revision == "follow"
+        self._revision = teacher.model_revision
 
     def submit(self, rollout: Rollout) -> Future[Scores]:
         """Starts scoring the response of `rollout`; more calls than `max_in_flight` wait inside the client."""
@@ -98,7 +108,7 @@ class Scorer:
             "temperature": self._temperature,
             "deadline_s": self._config.deadline_s,
             "half_precision": self._config.wire_dtype == "float16",
-            "expected_model_revision": self.teacher.model_revision,
+            "expected_model_revision": "" if self._follows else self.teacher.model_revision,
             "expected_vocabulary_digest": self.teacher.vocabulary_digest,
             "expected_compute_dtype": self.teacher.compute_dtype,
         }
@@ -124,23 +134,32 @@ class Scorer:
         answers, answered_s = 0, time.monotonic()  # calls that ended in an answer, be it an error, and when the last
         late_since: dict[int, int] = {}  # answers there were when a call was first too late
         retries, away = self.retries, None
+        refused: list[int] = []  # to be sent again after a moment: nobody waits before refusing
         try:
-            while pending:
+            while pending or refused:
                 if stop():
                     raise Stopped("asked to stop while waiting for scores")
+                if refused and not pending:
+                    time.sleep(_POLL_S)
+                    pending |= {self.submit(rollouts[index]): index for index in refused}
+                    refused.clear()
                 done, _ = wait(pending, timeout=_POLL_S, return_when=FIRST_COMPLETED)
                 for future in done:
                     index = pending.pop(future)
                     error = future.exception()
                     tries[index] += 1
                     if error is None:
-                        results[index] = future.result()
+                        results[index] = self._noted(future.result())
                     elif not isinstance(error, StillhouseError) or isinstance(error, _CHANGED):
                         raise error
                     elif isinstance(error, DeadlineExceeded):
                         # Too late again and again while others are answered: it is this sequence, not the pool.
                         if answers > late_since.setdefault(index, answers) and tries[index] >= _TRIES_TOO_LATE:
                             results[index] = error
+                    elif isinstance(error, _REFUSED):
+                        away = error
+                        refused.append(index)
+                        continue
                     elif isinstance(error, _WORTH_ANOTHER_TRY) and tries[index] == 1:
                         pending[self.submit(rollouts[index])] = index
                         continue
@@ -176,6 +195,12 @@ class Scorer:
         """Closes the connections."""
         self._client.close()
 
+    def _noted(self, scores: Scores) -> Scores:
+        if scores.model_revision != self._revision:
+            self._revision = scores.model_revision
+            print(f"the teacher is revision {self._revision} now", file=sys.stderr, flush=True)
+        return scores
+
     def _note_outage(self, seconds: float, error: StillhouseError | None) -> None:
         limit_s, why = self._config.outage_s, error or "calls fail and are sent again"
         if seconds >= limit_s:
@@ -204,7 +229,18 @@ def connect(config: RunConfig, teacher: TeacherConfig, tokenizer: Any, *, stop: 
     known to fail later: another vocabulary, top_k or lengths beyond the server's limits; Stopped once `stop()`.
     """
     archive = _open_archive(teacher)
-    pool = TeacherClient(teacher.addresses, model=teacher.model, max_in_flight=teacher.max_in_flight)
+    try:
+        pool = TeacherClient(
+            teacher.addresses,
+            model=teacher.model,
+            max_in_flight=teacher.max_in_flight,
+            hedge_share=teacher.hedge_share,
+            tls=_tls(teacher),
+            token_file=teacher.token_file,
+            plaintext_token=teacher.plaintext_token,
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"teacher: {error}") from error
     client = pool if archive is None else ArchivedClient(pool, archive)
     shown_s = -10.0
 
@@ -223,10 +259,22 @@ def connect(config: RunConfig, teacher: TeacherConfig, tokenizer: Any, *, stop: 
     try:
         served = client.wait_until_ready(deadline_s=teacher.start_deadline_s, on_wait=on_wait)
         _check_fit(config, teacher, served, tokenizer)
+    except _REFUSED as error:
+        client.close()
+        raise ConfigError(
+            f"teacher: {error}; give teacher.token_file or teacher.tls_certificate of a tenant that may use it"
+        ) from error
     except BaseException:
         client.close()
         raise
     return Scorer(client, teacher, served, config.distil_temperature, rollout_temperature=config.rollout.temperature)
+
+
+def _tls(teacher: TeacherConfig) -> Tls | None:
+    files = teacher.tls_ca, teacher.tls_certificate, teacher.tls_key
+    if not teacher.tls and not any(files) and teacher.tls_server_name is None:
+        return None
+    return Tls(*files, teacher.tls_server_name)
 
 
 def _open_archive(teacher: TeacherConfig) -> Archive | None:

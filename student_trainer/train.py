@@ -224,7 +224,7 @@ def _check(setting: _Setting) -> _Checked:
     identity = {
         "model": fingerprint(student.model),
         "prompts": offline.digest if offline else prompts_digest(problems.prompts),
-        "teacher": scorer.teacher.model_revision if scorer else None,
+        "teacher": scorer.teacher.model_revision if scorer and not _follows(config) else None,
     }
     return _Checked(tokenizer, problems, held_out, order, scorer, offline, model, student, identity)
 
@@ -284,6 +284,10 @@ def _build(setting: _Setting, checked: _Checked) -> Parts:
         evaluate=assess,
         stop=setting.stop,
     )
+
+
+def _follows(config: RunConfig) -> bool:
+    return config.teacher is not None and config.teacher.on_new_revision == "follow"
 
 
 def _nothing_to_hand_over(step: int) -> dict[str, float]:

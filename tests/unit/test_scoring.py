@@ -19,7 +19,9 @@ from stillhouse.errors import (
     EngineFailed,
     ModelRevisionMismatch,
     Overloaded,
+    PermissionDenied,
     SequenceTooLong,
+    Unauthenticated,
     Unavailable,
 )
 from stillhouse.vocabulary import vocabulary_digest
@@ -267,3 +269,58 @@ def test_waiting_for_scores_can_be_given_up():
         with pytest.raises(Stopped):
             _collect(scorer, 2, stop=lambda: time.monotonic() - start_s > 0.5)
         server.wait_for(lambda s: s.cancelled == 2)
+
+
+@pytest.mark.parametrize("error", [Unauthenticated("who?"), PermissionDenied("no")])
+def test_a_right_that_was_taken_away_is_waited_for_not_a_lost_sample(error, capsys, monkeypatch):
+    monkeypatch.setattr("student_trainer.scoring._SHOW_EVERY_S", 0.5)
+    with FakeServer(_Teacher()) as server, _scoring(server) as scorer:
+        server.faults.fail_at(error=error)
+        threading.Timer(2.0, server.faults.planned.clear).start()
+        results = _collect(scorer, 3)
+        assert all(isinstance(result, Scores) for result in results)
+        assert scorer.total_outage_s > 0.5
+        assert server.calls["Score"] < 60, "it was asked again and again without a pause"
+    assert error.message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [Unauthenticated("who?"), PermissionDenied("no")])
+def test_a_teacher_that_does_not_know_the_run_at_its_start_refuses_it(error):
+    with FakeServer(_Teacher()) as server:
+        server.faults.fail_at(error=error, method="GetTeacher")
+        with pytest.raises(ConfigError, match=r"teacher: .*; give teacher.token_file or teacher.tls_certificate"):
+            connect(_config(server.address), _config(server.address).teacher, _Tokenizer())  # type: ignore[arg-type]
+
+
+def test_a_token_is_not_sent_in_the_open_unless_somebody_says_so(tmp_path):
+    token = tmp_path / "token"
+    token.write_text("a" * 32)
+    with FakeServer(_Teacher()) as server:
+        with (
+            pytest.raises(ConfigError, match=r"teacher: token_file is .* without tls"),
+            _scoring(server, token_file=str(token)),
+        ):
+            pass
+        with _scoring(server, token_file=str(token), plaintext_token=True) as scorer:
+            assert isinstance(_collect(scorer, 1)[0], Scores)
+
+
+class _Moving(_Teacher):
+    """Serves another revision from the third sequence on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scored = 0
+
+    def score(self, task):
+        self.scored += 1
+        return dataclasses.replace(super().score(task), model_revision="r1" if self.scored < 3 else "r2")
+
+
+def test_a_run_that_follows_learns_from_the_new_revision_and_says_so(capsys):
+    with FakeServer(_Moving()) as server, _scoring(server, on_new_revision="follow", max_in_flight=1) as scorer:
+        results = _collect(scorer, 4)
+        assert [result.model_revision for result in results] == ["r1", "r1", "r2", "r2"]
+        assert {request.expected_model_revision for request in server.requests} == {""}
+        assert {request.expected_vocabulary_digest for request in server.requests} != {""}
+    assert capsys.readouterr().err.count("the teacher is revision r2 now") == 1
