@@ -1,6 +1,7 @@
 """Entry point of `teacher-server`."""
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -8,6 +9,8 @@ from teacher_server.logs import set_up
 from teacher_server.options import OptionError, parse
 from teacher_server.vllm_plugin import die_with_parent
 
+# gRPC's core writes lines of its own past our log, whenever a stranger sends it nonsense.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 # The engine's processes begin with this module, and die with the server from here on.
 die_with_parent()
 

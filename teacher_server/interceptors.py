@@ -51,9 +51,9 @@ class CallLimits:
 
     requests: int = 4096
     """Not yet answered in full."""
-    unsent_bytes: int = 2**30
+    unsent_bytes: int = 2**28
     """Of answers that wait for the caller to read them. Each is in memory twice, here and in gRPC."""
-    receiving: int = 64
+    receiving: int = 16
     """Whose message is read at once. gRPC takes little of one before it is asked for it."""
     receive_s: float = 120.0
     """Time for a message to come."""
@@ -152,7 +152,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     data = await context.read()
             except TimeoutError:
                 raise DeadlineExceeded(f"the request did not arrive within {limit_s:g} s") from None
-        return None if data is grpc.aio.EOF else data
+        return None if data is grpc.aio.EOF else data  # pyright: ignore[reportAttributeAccessIssue]
 
     async def _call(self, method: str, handler: Any, context: Any) -> bytes:
         started_s = time.monotonic()
@@ -193,7 +193,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self.in_flight -= 1
                 self._metrics.in_flight.set(self.in_flight)
             seconds = time.monotonic() - started_s
-            self._note(method, tenant, request_id, attempt, context, error, seconds, request, response, len(answer))
+            # Taken back before there was a request: nothing to account for, and anybody can do it very often.
+            if received or not isinstance(error, Cancelled):
+                self._note(method, tenant, request_id, attempt, context, error, seconds, request, response, len(answer))
         if error is not None:
             await _abort(context, error)
         return answer

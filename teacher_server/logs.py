@@ -12,6 +12,7 @@ FORMATS = ("text", "json")
 def set_up(level: str, style: str) -> None:
     """Everything to standard error, in `style` (one of FORMATS)."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_is_of_use)
     handler.setFormatter(
         JsonFormatter() if style == "json" else TextFormatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     )
@@ -21,6 +22,14 @@ def set_up(level: str, style: str) -> None:
 def log_fields(logger: logging.Logger, level: int, message: str, fields: dict[str, Any]) -> None:
     """Logs `message` with `fields`, which are `key=value` in text and keys of the object in JSON."""
     logger.log(level, message, extra={"fields": fields})
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """False for what gRPC logs, with a traceback, whenever a caller has gone before its answer was sent, or sends
+    metadata that is no UTF-8: callers must not be able to fill the log with that."""
+    kind = record.exc_info[0] if record.exc_info else None
+    noise = kind is not None and kind.__name__ in ("ExecuteBatchError", "UnicodeDecodeError")
+    return not (noise and record.name.startswith("grpc."))
 
 
 class TextFormatter(logging.Formatter):

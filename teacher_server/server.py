@@ -51,6 +51,11 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.max_metadata_size", 16 * 2**10),
+    # No guessing how much a fast network could hold: what a caller may send before its message is read (64 KiB, and
+    # not megabytes) is memory that each of its calls costs.
+    ("grpc.http2.bdp_probe", 0),
+    # Clients come again, with the certificates and the addresses of then; calls in flight are not touched.
+    ("grpc.max_connection_age_ms", 1_800_000),
 )
 _NOTICE_S = 1.0
 """How long an idle server still answers after the signal, so that health's watchers have turned away."""

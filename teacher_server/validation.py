@@ -25,7 +25,8 @@ from teacher_server.access import Tenant
 def check_right(tenant: Tenant, model: str, teacher: Teacher) -> None:
     """Raises PermissionDenied unless `tenant` may use `model`; unset means the one served.
 
-    Checked before the name is: who may not use a model does not learn here whether it exists.
+    Checked before the name is: who may not use a model does not learn here whether it exists, or that it is the one
+    served: then another, which he may use, is an UnknownModel without that name.
     """
     asked = model or teacher.model
     if not tenant.may_use(asked):
@@ -36,6 +37,8 @@ def check_right(tenant: Tenant, model: str, teacher: Teacher) -> None:
             field="model",
             value=model,
         )
+    if asked != teacher.model and not tenant.may_use(teacher.model):
+        raise UnknownModel(f"model is {model!r}; this server has another", field="model", value=model)
 
 
 def check_model_name(model: str, teacher: Teacher) -> None:
