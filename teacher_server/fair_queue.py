@@ -4,7 +4,9 @@
 furthest behind goes next (start-time fair queueing, Goyal et al. 1996, with tenants for flows), so while several
 have work each gets its weight's share of the engine. A tenant that had nothing to do may lag behind the others by
 `burst_tokens` and no more: so a short burst of a quiet tenant goes ahead of a long queue of a busy one, and nobody
-can save up turns for hours. Inside a tenant the higher priority goes first, then the older.
+can save up turns for hours. When there is no work at all any more, all is forgotten: what somebody used while nobody
+else wanted it is not held against him when a neighbour comes. Inside a tenant the higher priority goes first, then the
+older.
 
 **The engine's window.** At most `window_tokens` are with the engine at once (one sequence always may be): enough to
 keep it busy, and little enough that a newcomer waits for a batch or two and not for a queue that is past changing.
@@ -67,6 +69,7 @@ class _State:
 
     virtual_time: float
     weight: float
+    since: int = -1  # how often there had been no work when `virtual_time` began
     queued: dict[int, deque[Entry]] = field(default_factory=dict)  # by priority; entries that left stay until met
     tokens_of: dict[int, int] = field(default_factory=dict)  # queued, by priority
     queued_tokens: int = 0
@@ -116,6 +119,7 @@ class FairQueue:
         self._on_dropped = on_dropped
         self._tenants: dict[str, _State] = {}
         self._virtual_time = 0.0
+        self._emptied = 0
         self._tokens = 0
         self._bytes = 0
         self._running_tokens = 0
@@ -186,9 +190,13 @@ class FairQueue:
             state.bucket_tokens = bucket - tokens
         state.weight = tenant.weight  # as the rights have it now
         entry = Entry(tenant, tokens, size_bytes, priority, deadline_s, now_s, payload)
-        if not state.queued_tokens:
-            # From idle: not further behind than a burst. Nobody's time runs backwards.
-            state.virtual_time = max(state.virtual_time, self._virtual_time - self.bounds.burst_tokens / tenant.weight)
+        behind = self._virtual_time - self.bounds.burst_tokens / tenant.weight
+        if not self._tokens:
+            self._emptied += 1  # everybody begins anew
+        if state.since != self._emptied:
+            state.virtual_time, state.since = behind, self._emptied
+        elif not state.queued_tokens:  # from idle: not further behind than a burst
+            state.virtual_time = max(state.virtual_time, behind)
         state.add(entry)
         self._tokens += tokens
         self._bytes += size_bytes
@@ -248,9 +256,7 @@ class FairQueue:
 
     def _state(self, tenant: Tenant) -> _State:
         if tenant.name not in self._tenants:
-            self._tenants[tenant.name] = _State(
-                self._virtual_time - self.bounds.burst_tokens / tenant.weight, tenant.weight
-            )
+            self._tenants[tenant.name] = _State(0.0, tenant.weight)
         return self._tenants[tenant.name]
 
     def _next(self) -> tuple[_State, Entry] | None:

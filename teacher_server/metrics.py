@@ -11,6 +11,7 @@ from stillhouse.errors import InvalidRequest, StillhouseError
 from stillhouse.v1 import teacher_pb2 as pb
 from teacher_server.gate import Gate
 
+_SCRAPE_TIMEOUT_S = 30.0
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _POWERS_OF_TWO = tuple(float(2**power) for power in range(0, 11))
 _TOKENS = tuple(float(2**power) for power in range(4, 19))
@@ -171,6 +172,9 @@ class Metrics:
     def listen(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
         """Serves `/metrics`; returns the port (a free one for 0) and what stops it."""
         server, thread = start_http_server(port, addr=host, registry=self.registry)
+        # A connection holds a thread: one that says nothing, or does not read, is not kept.
+        handler = server.RequestHandlerClass
+        server.RequestHandlerClass = type(handler.__name__, (handler,), {"timeout": _SCRAPE_TIMEOUT_S})
 
         def stop() -> None:
             server.shutdown()

@@ -44,7 +44,7 @@ class Options:
     max_batch_tokens: int
     max_queue_tokens: int
     max_queue_bytes: int
-    burst_tokens: int | None  # None: 8 batches
+    burst_tokens: int | None  # None: 16 batches
     max_response_bytes: int
     logits_slice_bytes: int
     tensor_parallel_size: int
@@ -157,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--burst-tokens",
         type=int,
         metavar="N",
-        help="how much a tenant that was quiet may be served ahead of its share (default: 8 x --max-batch-tokens)",
+        help="how much a tenant that was quiet may be served ahead of its share (default: 16 x --max-batch-tokens)",
     )
     add("--max-response-bytes", type=int, default=128 * 2**20, metavar="N", help="largest answer, bytes")
     add(

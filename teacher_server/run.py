@@ -93,7 +93,7 @@ async def _load_and_serve(
         follower = Follower(options, checked, serving, lambda ok: metrics.reloaded("model", ok))
         return follower.look_now, follower.watch(_FOLLOW_EVERY_S if options.follow else None)
 
-    burst = 8 * options.max_batch_tokens if options.burst_tokens is None else options.burst_tokens
+    burst = 16 * options.max_batch_tokens if options.burst_tokens is None else options.burst_tokens
     try:
         await serve(
             engine,

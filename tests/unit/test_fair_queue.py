@@ -138,6 +138,25 @@ def test_idle_time_is_not_saved_up() -> None:
     assert order.count("b") <= 2 + 20
 
 
+def test_who_used_what_nobody_else_wanted_is_not_behind_a_newcomer_for_it() -> None:
+    bench = Bench(replace(ROOMY, burst_tokens=100))
+    for _ in range(20):  # alone, a burst at a time
+        for _ in range(10):
+            bench.admit(A, 10)
+        while bench.serve():
+            pass
+    for _ in range(50):  # then a flood begins
+        bench.admit(B, 10)
+    for _ in range(5):
+        bench.serve()
+    for _ in range(10):
+        bench.admit(A, 10)
+    order = "".join(entry.tenant.name for _ in range(20) if (entry := bench.serve()))
+    # B has used half of its burst, A none of its own: A is ahead by as much, and from there they share.
+    assert order[:5] == "aaaaa"
+    assert order[:15].count("a") == 10
+
+
 def test_priority_orders_a_tenants_own_work_and_gains_nothing_over_others() -> None:
     bench = Bench()
     low, high, older = bench.admit(A, priority=-5), bench.admit(A, priority=7), bench.admit(B)
