@@ -1,5 +1,6 @@
 """What the server counts, as Prometheus series named `stillhouse_teacher_*`."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from stillhouse.codec import Teacher
 from stillhouse.errors import InvalidRequest, StillhouseError
 from stillhouse.v1 import teacher_pb2 as pb
 from teacher_server.gate import Gate
+
+logger = logging.getLogger(__name__)
 
 _SCRAPE_TIMEOUT_S = 30.0
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -173,8 +176,9 @@ class Metrics:
         """Serves `/metrics`; returns the port (a free one for 0) and what stops it."""
         server, thread = start_http_server(port, addr=host, registry=self.registry)
         # A connection holds a thread: one that says nothing, or does not read, is not kept.
-        handler = server.RequestHandlerClass
-        server.RequestHandlerClass = type(handler.__name__, (handler,), {"timeout": _SCRAPE_TIMEOUT_S})
+        page: Any = server
+        page.RequestHandlerClass = type("Scrape", (page.RequestHandlerClass,), {"timeout": _SCRAPE_TIMEOUT_S})
+        page.handle_error = lambda request, address: logger.debug("a scrape broke off", exc_info=True)
 
         def stop() -> None:
             server.shutdown()

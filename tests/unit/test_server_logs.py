@@ -2,12 +2,15 @@
 
 import json
 import logging
+import socket
 import sys
+import urllib.request
 from typing import Any
 
 import pytest
 
 from teacher_server import logs
+from teacher_server.metrics import Metrics
 
 HOSTILE = ["a\nb", "a\r\nERROR x", "code=OK", 'say "hi"', "it's", "", "\x1b[31mred", "\u2028", "\u202e", "a\0b", "a b"]
 
@@ -83,3 +86,13 @@ def test_callers_that_go_away_or_send_no_text_fill_no_log(
         root.handlers[:] = handlers
         root.setLevel(level)
     assert ("something of it" in capsys.readouterr().err) == shown
+
+
+def test_a_scraper_that_says_nothing_is_let_go_and_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher_server.metrics._SCRAPE_TIMEOUT_S", 0.2)
+    port, stop = Metrics().listen("127.0.0.1", 0)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as silent:
+        assert silent.recv(1) == b""  # closed by the server
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as page:
+            assert b"stillhouse_teacher_requests_in_flight" in page.read()
+    stop()
