@@ -25,6 +25,7 @@ from tests.chaos.pool_under_test import (
     Namespace,
     PoolServer,
     more_when_full,
+    only_when_full,
     running,
     say,
     tool,
@@ -67,6 +68,7 @@ def test_a_server_that_drains_costs_no_answer() -> None:
     report.check_exactly_once()
 
 
+@only_when_full
 def test_a_rolling_update_at_the_same_addresses_costs_no_answer() -> None:
     with running(3) as servers, Load(servers) as load:
         for server in servers:
@@ -170,6 +172,7 @@ def test_two_percent_packet_loss_costs_no_answer() -> None:
 SLOW_LINK = ("rate", "3mbit", "burst", "128kb", "latency", "400ms")
 
 
+@only_when_full
 def test_a_slow_link_costs_no_answer() -> None:
     with Namespace() as network:
         tool("tc")
@@ -301,7 +304,7 @@ def clock(tmp_path: Path, name: str) -> tuple[Path, dict[str, str]]:
     }
 
 
-@pytest.mark.parametrize("whose", ["servers", "callers"])
+@pytest.mark.parametrize("whose", ["servers", pytest.param("callers", marks=only_when_full)])
 def test_a_wall_clock_that_jumps_by_an_hour_costs_no_answer(tmp_path: Path, whose: str) -> None:
     file, variables = clock(tmp_path, "clock")
     with (

@@ -1,7 +1,7 @@
 """How soon a pool is right again: servers that hang, vanish, join or become slow.
 
-The bounds are those the project promises; what was measured is printed. One second of slack is for the machine, which
-runs callers and servers on the same few cores.
+In the full form the bounds are those the project promises; what was measured is printed. One second of slack is for the
+machine, which runs callers and servers on the same few cores.
 """
 
 import sys
@@ -15,6 +15,7 @@ from tests.chaos.pool_under_test import (
     Load,
     Namespace,
     PoolServer,
+    figure,
     goes_first,
     more_when_full,
     running,
@@ -52,9 +53,9 @@ def test_a_server_that_hangs_holds_no_sequence_for_longer_than_fifteen_seconds()
         report = told(load.stop())
     report.check_exactly_once()
     assert report.retries.get("UNAVAILABLE", 0) > 0
-    assert report.latencies_s().max() < 15.0 + SLACK_S
+    assert report.latencies_s().max() < figure(15.0, 20.0) + SLACK_S
     # The others go on meanwhile, in spite of the calls that are stuck.
-    assert report.longest_gap_s(paused_s) < 5.0
+    assert report.longest_gap_s(paused_s) < figure(5.0, 10.0)
 
 
 def test_a_server_behind_a_black_hole_holds_no_sequence_for_longer_than_five_seconds() -> None:
@@ -75,7 +76,7 @@ def test_a_server_behind_a_black_hole_holds_no_sequence_for_longer_than_five_sec
     say(dropped_packets=float(found), longest_latency_when_lost_s=float(report.latencies_s(lost_s - 2.0).max()))
     report.check_exactly_once()
     assert found > 0
-    assert report.latencies_s().max() < 5.0 + SLACK_S
+    assert report.latencies_s().max() < figure(5.0, 10.0) + SLACK_S
 
 
 def test_a_server_that_joins_a_name_is_used_within_fifteen_seconds() -> None:
@@ -127,4 +128,4 @@ def test_a_server_that_is_five_times_slower_than_another_takes_little_of_the_loa
             measured[balancing] = report.tokens_per_s(from_s, to_s)
     ratio = measured["least_expected_wait"] / measured["round_robin"]
     say(**measured, ratio=ratio)
-    assert ratio >= 2.5
+    assert ratio >= figure(2.5, 1.5)

@@ -14,7 +14,17 @@ import pytest
 from stillhouse.client import TeacherClient
 from stillhouse.errors import Overloaded
 from tests.chaos.load import Report
-from tests.chaos.pool_under_test import FULL, Load, PoolServer, goes_first, more_when_full, running, say
+from tests.chaos.pool_under_test import (
+    FULL,
+    Load,
+    PoolServer,
+    figure,
+    goes_first,
+    more_when_full,
+    only_when_full,
+    running,
+    say,
+)
 
 pytestmark = pytest.mark.timeout(600 if FULL else 180)
 
@@ -101,7 +111,7 @@ def test_a_quiet_tenant_keeps_its_p99_while_a_neighbour_floods(tmp_path: Path) -
     say(alone_p99_s=float(np.median(alone)), flooded_p99_s=float(np.median(flooded)), ratio=ratio)
     say(worst_p99_s=max(flooded), flood_served=str(served))
     assert served > 10 * bursts  # the flood was there all the time
-    assert ratio <= 1.25
+    assert ratio <= figure(1.25, 2.0)
 
 
 def test_a_queue_that_a_flood_fills_refuses_the_flood_and_not_the_quiet_tenant(tmp_path: Path) -> None:
@@ -148,6 +158,7 @@ def test_a_quota_of_tokens_holds_over_time_and_costs_the_other_tenant_nothing(tm
     assert of_free.tokens_per_s(from_s, to_s) > 1.5 * rate
 
 
+@only_when_full
 def test_a_quota_of_tokens_in_flight_is_never_exceeded(tmp_path: Path) -> None:
     tenants = Tenants(tmp_path, flood=", max_tokens_in_flight: 5000")
     options = ("--access", str(tenants.file), *COMMON, "--tokens-per-s", "20000")
