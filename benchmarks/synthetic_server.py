@@ -7,12 +7,14 @@ whatever waits, up to `--max-batch-tokens`, and answers after
 
     (overhead_s + tokens / tokens_per_s) * slow_factor
 
-with scores that are a function of the request alone, cheap to make and different for every request: an answer that
-was lost, doubled, swapped or changed on its way is found by comparing bits.
+(`--pause-share` of the batches take `--pause-ms` longer), with scores that are a function of the request alone, cheap
+to make and different for every request: an answer that was lost, doubled, swapped or changed on its way is found by
+comparing bits.
 """
 
 import argparse
 import asyncio
+import random
 import sys
 import time
 from dataclasses import replace
@@ -67,7 +69,8 @@ def synthetic_scores(task: ScoreTask, teacher: Teacher) -> Scores:
 
 
 class SyntheticEngine:
-    """See the module's text. tokens_per_s, overhead_s: of a batch; slow_factor multiplies both."""
+    """See the module's text. tokens_per_s, overhead_s: of a batch; slow_factor multiplies both. pause_share: of
+    batches, which take pause_s longer."""
 
     def __init__(
         self,
@@ -77,12 +80,16 @@ class SyntheticEngine:
         overhead_s: float,
         max_batch_tokens: int,
         slow_factor: float = 1.0,
+        pause_share: float = 0.0,
+        pause_s: float = 0.0,
     ) -> None:
         self._teacher = teacher
         self._tokens_per_s = tokens_per_s
         self._overhead_s = overhead_s
         self._max_batch_tokens = max_batch_tokens
         self.slow_factor = slow_factor
+        self._pause_share = pause_share
+        self._pause_s = pause_s
         self._waiting: dict[asyncio.Future[Scores], tuple[ScoreTask, float]] = {}
         self._arrived = asyncio.Event()
         self._closed = False
@@ -136,7 +143,8 @@ class SyntheticEngine:
             for future, _, _ in batch:
                 del self._waiting[future]
             started_s = time.monotonic()
-            await asyncio.sleep((self._overhead_s + tokens / self._tokens_per_s) * self.slow_factor)
+            pause_s = self._pause_s if random.random() < self._pause_share else 0.0
+            await asyncio.sleep((self._overhead_s + tokens / self._tokens_per_s) * self.slow_factor + pause_s)
             engine_ms = 1e3 * (time.monotonic() - started_s)
             for future, task, arrived_s in batch:
                 if future.done():  # its caller has gone
@@ -184,6 +192,8 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens-per-s", type=float, default=200_000.0)
     add("--overhead-ms", type=float, default=2.0)
     add("--slow-factor", type=float, default=1.0)
+    add("--pause-share", type=float, default=0.0, help="share of the batches, 0 .. 1, that take --pause-ms longer")
+    add("--pause-ms", type=float, default=0.0)
     add("--max-batch-tokens", type=int, default=8192)
     add("--max-queue-tokens", type=int, default=2**20)
     add("--max-queue-bytes", type=int, default=2**31)
@@ -222,6 +232,8 @@ async def _run(options: argparse.Namespace) -> None:
         overhead_s=options.overhead_ms / 1e3,
         max_batch_tokens=options.max_batch_tokens,
         slow_factor=options.slow_factor,
+        pause_share=options.pause_share,
+        pause_s=options.pause_ms / 1e3,
     )
     await serve(
         engine,
