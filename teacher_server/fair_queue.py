@@ -29,6 +29,7 @@ from typing import Any
 from stillhouse.errors import DeadlineExceeded, Overloaded, QuotaExceeded, StillhouseError
 from teacher_server.access import Tenant
 
+_LONGEST_PROMISE_S = 30.0
 _RATE_WINDOW_S = 1.0
 _SAME_BATCH_S = 0.02
 """Answers closer together than this came from one batch: the engine's speed is measured between batches."""
@@ -77,6 +78,7 @@ class _State:
     size_bytes: int = 0
     bucket_tokens: float | None = None  # None: not used yet, full
     bucket_s: float = 0.0
+    promised_until_s: float = 0.0  # callers that were sent away come again until then
 
     def add(self, entry: Entry) -> None:
         self.queued.setdefault(entry.priority, deque()).append(entry)
@@ -103,7 +105,10 @@ class _State:
     def last_first(self) -> Iterator[Entry]:
         """Those that wait, from the one that would go last."""
         for priority in sorted(self.queued):
-            for entry in reversed(self.queued[priority]):
+            line = self.queued[priority]
+            while line and line[-1].state != "queued":  # forgets those that left
+                line.pop()
+            for entry in reversed(line):
                 if entry.state == "queued":
                     yield entry
 
@@ -178,10 +183,13 @@ class FairQueue:
             # A request larger than the whole bucket goes when that is full, and the bucket is in debt then.
             missing = min(tokens, tenant.burst_tokens) - bucket
             if missing > 1e-6 * tenant.burst_tokens:
+                # After those that were sent away before: each is told a time of its own, or all would come at once.
+                due_s = max(now_s + missing / tenant.tokens_per_s, state.promised_until_s)
+                state.promised_until_s = min(due_s + tokens / tenant.tokens_per_s, now_s + _LONGEST_PROMISE_S)
                 raise QuotaExceeded(
                     f"tenant {tenant.name!r} has used its {tenant.tokens_per_s:g} tokens a second; "
                     f"{tokens} more have to wait",
-                    retry_delay_s=max(0.05, missing / tenant.tokens_per_s),
+                    retry_delay_s=max(0.05, due_s - now_s),
                     field="tokens_per_s",
                     max=tenant.tokens_per_s,
                 )
@@ -325,6 +333,8 @@ class FairQueue:
             return  # what is larger than the whole queue is still taken when nothing else is there
         missing_tokens = self._tokens + tokens - self.bounds.max_tokens
         missing_bytes = self._bytes + size_bytes - self.bounds.max_bytes
+        if missing_tokens <= 0 and missing_bytes <= 0:
+            return
         victims: list[Entry] = []
         above = _Above(
             (state.queued_tokens + tokens) / tenant.weight,

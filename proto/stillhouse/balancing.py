@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 # How fast a measurement is forgotten while others are newer.
 MEMORY_S = 10.0
+# Servers that differ by less than this factor are not told apart.
+ALIKE = 3.0
 # Over how many lengths of its queue the speed of a server is measured.
 QUEUES = 2.0
 
@@ -100,6 +102,9 @@ def least_expected_wait(loads: Sequence[Load], cost_tokens: int, now_s: float) -
     others answer theirs: after about 20 s of that it gets its full share again and shows what it can. A pause
     of all calls ages nothing. One that has been silent for some time with calls outstanding will not answer
     sooner than that.
+
+    Speeds within a factor of `ALIKE` of the fastest count as the same: what one client measures of a server that
+    others use too is mostly the others, and clients that all went after such differences would herd.
     """
     known = [speed for load in loads if (speed := load.seconds_per_token) is not None]
     fastest = min(known, default=1.0)
@@ -108,7 +113,7 @@ def least_expected_wait(loads: Sequence[Load], cost_tokens: int, now_s: float) -
         loads,
         [
             max(
-                _faded(load, fastest, newest_s) * (load.outstanding_tokens + cost_tokens),
+                _told_apart(_faded(load, fastest, newest_s), fastest) * (load.outstanding_tokens + cost_tokens),
                 load.silent_s(now_s),
             )
             for load in loads
@@ -131,6 +136,10 @@ def _faded(load: Load, fastest: float, newest_s: float) -> float:
     if load.outstanding_calls:
         return speed  # it is being measured
     return fastest * (speed / fastest) ** math.exp(-(newest_s - load.measured_s) / MEMORY_S)
+
+
+def _told_apart(speed: float, fastest: float) -> float:
+    return fastest if speed < ALIKE * fastest else speed
 
 
 def _least(loads: Sequence[Load], weights: Sequence[float]) -> int:

@@ -521,9 +521,7 @@ async def test_an_unexpected_exception_is_engine_failed_and_its_text_stays_in_th
 
 
 ERRORS: list[StillhouseError] = [
-    kind("something", field="f", value="v")
-    for kind in BY_REASON.values()
-    if not kind.retryable
+    kind("something", field="f", value="v") for kind in BY_REASON.values() if not kind.retryable
 ]
 
 

@@ -61,6 +61,14 @@ def test_a_server_five_times_slower_gets_a_sixth_of_the_tokens() -> None:
     assert 49 <= taken.count(0) <= 51
 
 
+def test_servers_that_differ_by_less_than_can_be_told_apart_share_equally() -> None:
+    loads = [answered(1000, 1.0), answered(1000, 2.9)]
+    taken = picks(least_expected_wait, loads, 60)
+    assert taken.count(0) == taken.count(1)
+    loads = [answered(1000, 1.0), answered(1000, 3.1)]
+    assert picks(least_expected_wait, loads, 60).count(0) > 40
+
+
 def test_a_server_never_measured_counts_as_the_fastest() -> None:
     loads = [answered(1000, 1.0), answered(1000, 5.0), Load()]
     taken = picks(least_expected_wait, loads, 110)

@@ -273,6 +273,21 @@ def test_a_quota_by_time_reserves_refuses_and_refills() -> None:
         bench.admit(limited, 1)
 
 
+def test_callers_over_their_quota_are_told_to_come_again_one_after_the_other() -> None:
+    bench = Bench()
+    limited = tenant("limited", tokens_per_s=10.0, burst_tokens=10)
+    bench.admit(limited, 10)
+    delays = []
+    for _ in range(5):
+        with pytest.raises(QuotaExceeded) as refused:
+            bench.admit(limited, 10)
+        delays.append(refused.value.retry_delay_s)
+    assert delays == pytest.approx([1.0, 2.0, 3.0, 4.0, 5.0])
+    for _ in range(5):  # and when they come, they are admitted
+        bench.now_s += 1.0
+        bench.admit(limited, 10)
+
+
 def test_what_the_engine_did_not_score_is_given_back() -> None:
     bench = Bench()
     limited = tenant("limited", tokens_per_s=1.0, burst_tokens=100)
