@@ -193,7 +193,7 @@ def scaling(seconds: Seconds, say: Say) -> list[Row]:
 
 def fairness_cells() -> list[Row]:
     """Which variations of queue and burst are measured: the first is the default one."""
-    default = {"window_batches": 2.0, "burst": 32, "burst_tokens": 2**16, "flood": "fair queueing"}
+    default = {"window_batches": 2.0, "burst": 32, "burst_tokens": 2**17, "flood": "fair queueing"}
     changes: list[Row] = [
         {},
         {"flood": "same tenant (FIFO)"},

@@ -298,7 +298,7 @@ class FairCell:
         cell = {
             "window_batches": self.window_batches,
             "burst": self.burst,
-            "burst_tokens": 2**16,
+            "burst_tokens": 2**17,
             "flood": "fair queueing",
         }
         spec, quiet, flood = pool_real.fairness_works(cell)
@@ -349,7 +349,7 @@ def _queue_cost(tenants: int, waiting: int, times: int = 500) -> Row:
     dropped: list[Any] = []
 
     def filled(max_tokens: int) -> FairQueue:
-        queue = FairQueue(Bounds(max_tokens, 2**62, 2**14, 2**16), lambda entry, error: dropped.append(entry))
+        queue = FairQueue(Bounds(max_tokens, 2**62, 2**14, 2**17), lambda entry, error: dropped.append(entry))
         for index in range(waiting):
             queue.admit(names[index % tenants], tokens=500, size_bytes=1, now_s=0.0)
         return queue

@@ -19,7 +19,7 @@ class Server:
     pause_ms: float = 0.0
     max_batch_tokens: int = 8192
     window_batches: float = 2.0
-    burst_tokens: int = 2**16
+    burst_tokens: int = 2**17
     max_queue_tokens: int = 2**20
     max_queue_bytes: int = 2**31
 

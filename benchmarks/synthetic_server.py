@@ -197,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-batch-tokens", type=int, default=8192)
     add("--max-queue-tokens", type=int, default=2**20)
     add("--max-queue-bytes", type=int, default=2**31)
-    add("--burst-tokens", type=int, default=2**16)
+    add("--burst-tokens", type=int, default=2**17)
     add("--window-batches", type=float, default=2.0, help="batches' worth of tokens with the engine")
     add("--drain-s", type=float, default=30.0)
     add("--stall-s", type=float, default=300.0)

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 """Largest message either way; the clients of the contract have the same limit."""
-DEFAULT_BOUNDS = Bounds(max_tokens=2**20, max_bytes=2**31, window_tokens=2**14, burst_tokens=2**16)
+DEFAULT_BOUNDS = Bounds(max_tokens=2**20, max_bytes=2**31, window_tokens=2**14, burst_tokens=2**17)
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
