@@ -64,6 +64,17 @@ def figure(promised: float, busy: float) -> float:
 only_when_full = pytest.mark.skipif(not FULL, reason="only with STILLHOUSE_CHAOS=full")
 
 
+def told(report: Report) -> Report:
+    """The report, once it was said what it measured."""
+    say(
+        sequences=report.answered,
+        longest_gap_s=report.longest_gap_s(),
+        longest_latency_s=float(report.latencies_s().max()),
+        retries=str(report.retries),
+    )
+    return report
+
+
 def tool(name: str) -> str:
     """Path of a program; skips the test, naming it, if there is none."""
     found = shutil.which(name, path=_PATH)

@@ -18,7 +18,6 @@ import pytest
 from stillhouse.client import TeacherClient, Tls
 from stillhouse.errors import StillhouseError
 from tests.certificates import Authority, replace
-from tests.chaos.load import Report
 from tests.chaos.pool_under_test import (
     FULL,
     Load,
@@ -28,6 +27,7 @@ from tests.chaos.pool_under_test import (
     only_when_full,
     running,
     say,
+    told,
     tool,
 )
 
@@ -35,17 +35,6 @@ pytestmark = pytest.mark.timeout(600 if FULL else 180)
 
 BEFORE = int(more_when_full(50, 600))
 AFTER = int(more_when_full(100, 2000))
-
-
-def told(report: Report) -> Report:
-    """The report, once it was said what it measured."""
-    say(
-        sequences=report.answered,
-        longest_gap_s=report.longest_gap_s(),
-        longest_latency_s=float(report.latencies_s().max()),
-        retries=str(report.retries),
-    )
-    return report
 
 
 def test_a_server_that_is_killed_costs_no_answer() -> None:

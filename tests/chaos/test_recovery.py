@@ -9,7 +9,6 @@ import time
 
 import pytest
 
-from tests.chaos.load import Report
 from tests.chaos.pool_under_test import (
     FULL,
     Load,
@@ -20,6 +19,7 @@ from tests.chaos.pool_under_test import (
     more_when_full,
     running,
     say,
+    told,
     tool,
 )
 
@@ -28,17 +28,6 @@ pytestmark = pytest.mark.timeout(600 if FULL else 180)
 SLACK_S = 1.0
 FAST = ("--tokens-per-s", "20000")
 BEFORE = int(more_when_full(50, 500))
-
-
-def told(report: Report) -> Report:
-    """The report, once it was said what it measured."""
-    say(
-        sequences=report.answered,
-        longest_gap_s=report.longest_gap_s(),
-        longest_latency_s=float(report.latencies_s().max()),
-        retries=str(report.retries),
-    )
-    return report
 
 
 def test_a_server_that_hangs_holds_no_sequence_for_longer_than_fifteen_seconds() -> None:

@@ -511,18 +511,24 @@ async def test_the_gate_lets_through_what_the_engine_has_room_for_and_measures_t
     assert gate.queue.pending_tokens == 0
 
 
-async def test_a_cancelled_caller_leaves_the_queue_at_once() -> None:
-    gate = Gate(ROOMY)
-    reached: list[str] = []
+async def three_callers(gate: Gate) -> tuple[asyncio.Event, list[str], list[asyncio.Task[None]]]:
+    """Calls 1, 2 and 3, each of the whole window: what lets those go that have the engine, and who had it so far."""
     release = asyncio.Event()
+    reached: list[str] = []
 
     async def call(name: str) -> None:
         async with gate.turn(A, tokens=100, size_bytes=1):
             reached.append(name)
             await release.wait()
 
-    first, second, third = (asyncio.create_task(call(name)) for name in "123")
+    tasks = [asyncio.create_task(call(name)) for name in "123"]
     await asyncio.sleep(0.01)
+    return release, reached, tasks
+
+
+async def test_a_cancelled_caller_leaves_the_queue_at_once() -> None:
+    gate = Gate(ROOMY)
+    release, reached, (first, second, third) = await three_callers(gate)
     second.cancel()
     await asyncio.sleep(0.01)
     assert gate.queue.pending_tokens == 200
@@ -536,16 +542,7 @@ async def test_a_cancelled_caller_leaves_the_queue_at_once() -> None:
 
 async def test_cancelled_in_the_moment_of_its_turn_it_still_makes_room() -> None:
     gate = Gate(ROOMY)
-    release = asyncio.Event()
-    reached: list[str] = []
-
-    async def call(name: str) -> None:
-        async with gate.turn(A, tokens=100, size_bytes=1):
-            reached.append(name)
-            await release.wait()
-
-    first, second, third = (asyncio.create_task(call(name)) for name in "123")
-    await asyncio.sleep(0.01)
+    release, reached, (first, second, third) = await three_callers(gate)
     release.set()
     await first  # its turn is over, and the second one's future is set but not yet seen
     second.cancel()
