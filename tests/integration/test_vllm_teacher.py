@@ -272,7 +272,7 @@ def test_sequences_that_lose_their_cache_half_way_are_scored_all_the_same(
     elm: ServerProcess, record_property: Any
 ) -> None:
     # A cache of 1,600 tokens, and steps that advance four sequences of 1,000 at once: some must start again.
-    options = ("--max-batch-tokens", "128", "--kv-cache-bytes", str(1600 * 1024))
+    options = ("--max-batch-tokens", "1024", "--kv-cache-bytes", str(1600 * 1024))
     scheduler = ("--vllm-options", '{"block_size": 32, "long_prefill_token_threshold": 32}')
     with (
         serving(elm.directory, *options, *scheduler, engine="vllm") as server,
