@@ -139,6 +139,7 @@ class Clients:
                 half_precision=True,
                 deadline_s=work.deadline_s,
                 expected_model_revision="r1" if work.pinned else "",
+                expected_compute_dtype="float32" if work.pinned else "",
             )
         except StillhouseError as error:
             if time.monotonic() >= self._counted_from_s:

@@ -61,6 +61,7 @@ class Call(Generic[T]):
     deadline_s: float
     cost_tokens: int = 1
     revision: str = ""  # pinned
+    one_model: bool = False  # revision and precision are pinned: whoever answers, the scores are the same
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     asked: list[Server] = field(default_factory=list[Server])  # one entry an attempt
     waits: int = 0
@@ -86,7 +87,7 @@ class Attempts:
     async def answer(self, call: Call[T]) -> T:
         """The answer to `call`. Raises `stillhouse.errors`."""
         end_s = time.monotonic() + call.deadline_s
-        if call.revision:
+        if call.one_model:
             self._hedging.called()
         last: StillhouseError | None = None
         server: Server | None = None
@@ -150,7 +151,7 @@ class Attempts:
         await self._pool.ready(end_s - time.monotonic())
         server = server or self._other(call, lambda _: True)
         assert server is not None  # `ready` has seen one
-        after_s = self._hedging.after_s if call.revision else None  # else the copies might be of two revisions
+        after_s = self._hedging.after_s if call.one_model else None
         if after_s is None:
             return await self._send(call, server, end_s)
         answer, won = await first_answer(self._send(call, server, end_s), after_s, lambda: self._second(call, end_s))
@@ -181,7 +182,7 @@ class Attempts:
             raise error from rpc_error
         if answer is None:  # what grpc.aio makes of bytes that it cannot parse
             raise WrongAnswer("the answer's bytes are not the message expected", field="message")
-        if call.revision:
+        if call.one_model:
             self._hedging.answered(time.monotonic() - start_s)
         return answer
 

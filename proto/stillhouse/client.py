@@ -77,7 +77,8 @@ class AsyncTeacherClient:
     token_file: holds what is sent as "authorization: Bearer ..."; read again when it changes. Needs TLS, or
     plaintext_token=True behind a proxy that encrypts.
     balancing: a name of `stillhouse.balancing.POLICIES`. max_servers: how many of the addresses are used at once.
-    hedge_share: 0 .. 0.1, which share of the slowest calls with a pinned revision is sent to a second server too.
+    hedge_share: 0 .. 0.1, which share of the slowest calls is sent to a second server too; only of those that pin
+    revision and compute dtype.
     """
 
     def __init__(
@@ -192,6 +193,7 @@ class AsyncTeacherClient:
             deadline_s,
             cost_tokens=len(task.token_ids),
             revision=task.expected_model_revision,
+            one_model=bool(task.expected_model_revision and task.expected_compute_dtype),
         )
         with _Ended(self.stats, call):
             async with self._places:

@@ -97,6 +97,8 @@ async def test_without_a_second_server_the_first_copy_is_waited_for() -> None:
 
 # --- the client
 
+PINNED = {"expected_model_revision": "r1", "expected_compute_dtype": "float64"}
+
 
 @pytest.fixture
 def two() -> Iterator[list[FakeServer]]:
@@ -107,7 +109,7 @@ def two() -> Iterator[list[FakeServer]]:
 def practised(servers: list[FakeServer]) -> TeacherClient:
     """A client with a share of 0.1 that knows what is usual, and may send two copies."""
     client = TeacherClient([server.address for server in servers], backoff=QUICK, hedge_share=0.1)
-    for future in [submit(client, expected_model_revision="r1") for _ in range(80)]:
+    for future in [submit(client, **PINNED) for _ in range(80)]:
         future.result(timeout=20)
     client._client._attempts._hedging._saved = 4.0
     return client
@@ -119,7 +121,7 @@ def test_a_call_at_a_server_that_hangs_is_answered_by_another(two: list[FakeServ
         two[0].faults.hang_at()
         answered = 80
         while client.stats.hedges_won == won and answered < 1000:
-            assert score(client, expected_model_revision="r1").model == "bigram"
+            assert score(client, **PINNED).model == "bigram"
             answered += 1
         two[0].wait_for(lambda s: s.cancelled >= 1)
         assert client.stats.hedges_won == won + 1
@@ -130,13 +132,18 @@ def test_a_call_at_a_server_that_hangs_is_answered_by_another(two: list[FakeServ
         assert seen["stillhouse-request-id"] == two[0].metadata[-1]["stillhouse-request-id"]
 
 
-def test_without_a_pinned_revision_nothing_is_sent_twice(two: list[FakeServer]) -> None:
+@pytest.mark.parametrize(
+    "pins", [{}, {"expected_model_revision": "r1"}, {"expected_compute_dtype": "float64"}], ids=str
+)
+def test_unless_revision_and_precision_are_pinned_nothing_is_sent_twice(
+    two: list[FakeServer], pins: dict[str, str]
+) -> None:
     with practised(two) as client:
         hedges = client.stats.hedges
         for server in two:
             server.delay_s = 0.3
         sent = sum(len(server.requests) for server in two)
-        for future in [submit(client) for _ in range(10)]:
+        for future in [submit(client, **pins) for _ in range(10)]:
             future.result(timeout=20)
         assert client.stats.hedges == hedges
         assert sum(len(server.requests) for server in two) == sent + 10
@@ -146,7 +153,7 @@ def test_a_general_slow_down_sends_no_more_than_the_share_twice(two: list[FakeSe
     with practised(two) as client:
         for server in two:
             server.delay_s = 1.0  # longer than any call while it practised, also on a busy machine
-        for future in [submit(client, expected_model_revision="r1") for _ in range(120)]:
+        for future in [submit(client, **PINNED) for _ in range(120)]:
             future.result(timeout=20)
         assert client.stats.hedges >= 1
         assert client.stats.hedges <= 0.1 * 200 + 4, "4 were saved up"
@@ -158,7 +165,7 @@ def test_hedging_is_off_unless_asked_for(two: list[FakeServer]) -> None:
     with TeacherClient([server.address for server in two]) as client:
         for server in two:
             server.delay_s = 0.05
-        for future in [submit(client, expected_model_revision="r1") for _ in range(200)]:
+        for future in [submit(client, **PINNED) for _ in range(200)]:
             future.result(timeout=20)
         assert client.stats.hedges == 0
         assert sum(len(server.requests) for server in two) == 200
@@ -168,7 +175,7 @@ def test_cancelling_a_call_cancels_both_copies(two: list[FakeServer]) -> None:
     with practised(two) as client:
         for server in two:
             server.faults.hang_at()
-        future = submit(client, expected_model_revision="r1")
+        future = submit(client, **PINNED)
         for server in two:
             server.wait_for(lambda s: s.in_flight == 1)
         assert future.cancel()
