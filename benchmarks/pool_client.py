@@ -123,9 +123,12 @@ class Clients:
             started_s = time.monotonic()
             await asyncio.gather(*(self._call(client) for _ in range(work.burst)))
             ended_s = time.monotonic()
+            wanted_s = started_s + work.period_s * random.uniform(0.8, 1.2) + work.rest_s
+            next_s = max(ended_s + work.rest_s, wanted_s)
             if started_s >= self._counted_from_s:
                 self._outcome.bursts_s.append(ended_s - started_s)
-            await asyncio.sleep(max(0.0, started_s + work.period_s * random.uniform(0.8, 1.2) - ended_s))
+                self._outcome.late_s.append(next_s - wanted_s)
+            await asyncio.sleep(next_s - ended_s)
 
     async def _call(self, client: Any) -> None:
         work = self._work

@@ -54,7 +54,7 @@ def put(document: str, found: dict[str, str]) -> str:
     return document
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     cells = [[name for name, _ in columns]] + [[_text(of(row)) for _, of in columns] for row in rows]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     lines = [
@@ -74,7 +74,7 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return "-" if share is None or not math.isfinite(share) else f"{100 * share:.3g}%"
 
 
@@ -98,12 +98,12 @@ def _run(result: Row) -> str:
 def _transport(result: Row) -> str:
     rows = result["transport"]["rows"]
     floors = {row["replies"]: row["replies_per_s"] for row in rows if row["contender"] == "bare grpc.aio"}
-    return _table(
+    return table(
         [
             ("reply", _of("replies")),
             ("contender", _of("contender")),
             ("replies/s", _of("replies_per_s")),
-            ("of the floor", lambda row: _percent(_ratio(row["replies_per_s"], floors.get(row["replies"])))),
+            ("of the floor", lambda row: percent(_ratio(row["replies_per_s"], floors.get(row["replies"])))),
             ("MiB/s", _of("mib_per_s")),
             ("server CPU ms", _of("server_cpu_ms")),
             ("client CPU ms", _of("client_cpu_ms")),
@@ -118,16 +118,16 @@ def _transport(result: Row) -> str:
 
 def _parts(result: Row) -> str:
     rows = [{"part": name, "ms": ms} for name, ms in result["transport"]["parts"].items()]
-    return _table([("part", _of("part")), ("CPU ms", _of("ms"))], rows)
+    return table([("part", _of("part")), ("CPU ms", _of("ms"))], rows)
 
 
 def _scaling(result: Row) -> str:
-    return _table(
+    return table(
         [
             ("servers", _of("servers")),
             ("clients", _of("clients")),
             ("tokens/s", _of("tokens_per_s")),
-            ("of servers x 20,000", lambda row: _percent(row["tokens_per_s"] / row["bound_tokens_per_s"])),
+            ("of servers x 20,000", lambda row: percent(row["tokens_per_s"] / row["bound_tokens_per_s"])),
             ("wait p50 ms", _of("wait_p50_ms")),
             ("wait p99 ms", _of("wait_p99_ms")),
             ("p50 ms", _of("p50_ms")),
@@ -138,7 +138,7 @@ def _scaling(result: Row) -> str:
 
 
 def _fairness(result: Row) -> str:
-    return _table(
+    return table(
         [
             ("burst", _of("burst")),
             ("window", _of("window_batches")),
@@ -160,12 +160,12 @@ def _fairness(result: Row) -> str:
 def _slow_server(result: Row) -> str:
     rows = result["slow_server"]
     floors = {row["clients"]: row["tokens_per_s"] for row in rows if row["balancing"] == "round_robin"}
-    return _table(
+    return table(
         [
             ("clients x in flight", lambda row: f"{row['clients']} x {row['in_flight']}"),
             ("balancing", _of("balancing")),
             ("tokens/s", _of("tokens_per_s")),
-            ("of the sum", lambda row: _percent(row["tokens_per_s"] / row["bound_tokens_per_s"])),
+            ("of the sum", lambda row: percent(row["tokens_per_s"] / row["bound_tokens_per_s"])),
             ("times round_robin", lambda row: row["tokens_per_s"] / floors[row["clients"]]),
             ("p50 ms", _of("p50_ms")),
             ("p99 ms", _of("p99_ms")),
@@ -175,7 +175,7 @@ def _slow_server(result: Row) -> str:
 
 
 def _sharing(result: Row) -> str:
-    return _table(
+    return table(
         [
             ("balancing", _of("balancing")),
             ("tokens/s", _of("tokens_per_s")),
@@ -189,14 +189,14 @@ def _sharing(result: Row) -> str:
 
 
 def _hedging(result: Row) -> str:
-    return _table(
+    return table(
         [
             ("hedge_share", _of("hedge_share")),
             ("replies", _of("replies")),
             ("p50 ms", _of("p50_ms")),
             ("p99 ms", _of("p99_ms")),
             ("p99.9 ms", _of("p999_ms")),
-            ("calls sent twice", lambda row: _percent(row["extra_load"])),
+            ("calls sent twice", lambda row: percent(row["extra_load"])),
             ("tokens/s", _of("tokens_per_s")),
         ],
         result["hedging"],
@@ -209,9 +209,9 @@ def _checked(result: Row) -> str:
         columns += [
             (label, _of(figure)),
             ("simulated", _of(f"simulated_{figure}")),
-            ("error", lambda row, figure=figure: _percent(row[f"error_{figure}"])),
+            ("error", lambda row, figure=figure: percent(row[f"error_{figure}"])),
         ]
-    return _table(columns, result["checked"])
+    return table(columns, result["checked"])
 
 
 def _errors(result: Row) -> str:
@@ -221,9 +221,9 @@ def _errors(result: Row) -> str:
         row: Row = {"table": table, "runs": len(own)}
         for figure in ("tokens_per_s", "p50_ms", "p99_ms"):
             errors = [abs(cell[f"error_{figure}"]) for cell in own if _finite(cell[f"error_{figure}"])]
-            row[figure] = f"{_percent(statistics.median(errors))} / {_percent(max(errors))}" if errors else "-"
+            row[figure] = f"{percent(statistics.median(errors))} / {percent(max(errors))}" if errors else "-"
         rows.append(row)
-    return _table(
+    return table(
         [
             ("table", _of("table")),
             ("runs", _of("runs")),
@@ -240,7 +240,7 @@ def _finite(value: float | None) -> bool:
 
 
 def _fair_cells(result: Row) -> str:
-    return _table(
+    return table(
         [
             ("burst", _of("burst")),
             ("window", _of("window_batches")),
@@ -265,20 +265,20 @@ def _cells(result: Row, table: str) -> str:
         ("p50 ms", _of("p50_ms")),
         ("p99 ms", _of("p99_ms")),
         ("p99.9 ms", _of("p999_ms")),
-        ("of all capacity", lambda row: _percent(row["share_of_capacity"])),
-        ("failed", lambda row: _percent(row["failed_share"])),
+        ("of all capacity", lambda row: percent(row["share_of_capacity"])),
+        ("failed", lambda row: percent(row["failed_share"])),
         ("attempts a call", _of("attempts_a_call")),
         ("busiest / mean", _of("busiest_to_mean")),
     ]
     if table in ("size", "max_servers"):
         columns += [
-            ("unused servers", lambda row: _percent(row["unused_share"])),
+            ("unused servers", lambda row: percent(row["unused_share"])),
             ("connections a server", _of("connections_a_server")),
         ]
     if table == "failures":
         columns.append(("peak of the revived / mean", _of("revived_peak_to_mean")))
     columns.append(("seconds simulated", _of("simulated_s")))
-    return _table(columns, _sorted(rows))
+    return table(columns, _sorted(rows))
 
 
 def _sorted(rows: Sequence[Row]) -> list[Row]:
@@ -295,15 +295,15 @@ def _overload(result: Row) -> str:
     rows = [row for row in result["cells"] if row["table"] == "overload"]
     if not rows:
         raise KeyError("overload")
-    return _table(
+    return table(
         [
-            ("load", lambda row: _percent(row["load"])),
+            ("load", lambda row: percent(row["load"])),
             ("clients", _of("name")),
             ("balancing", _of("balancing")),
-            ("of all capacity", lambda row: _percent(row["share_of_capacity"])),
+            ("of all capacity", lambda row: percent(row["share_of_capacity"])),
             ("p50 ms", _of("p50_ms")),
             ("p99 ms", _of("p99_ms")),
-            ("failed", lambda row: _percent(row["failed_share"])),
+            ("failed", lambda row: percent(row["failed_share"])),
             ("attempts a call", _of("attempts_a_call")),
             ("refused", _of("refusals")),
             ("displaced", _of("displaced")),
@@ -314,7 +314,7 @@ def _overload(result: Row) -> str:
 
 
 def _queue(result: Row) -> str:
-    return _table(
+    return table(
         [
             ("tenants", _of("tenants")),
             ("waiting", _of("waiting")),
@@ -327,11 +327,11 @@ def _queue(result: Row) -> str:
 
 
 def _policies(result: Row) -> str:
-    return _table([("servers", _of("servers")), ("balancing", _of("policy")), ("us", _of("us"))], result["policies"])
+    return table([("servers", _of("servers")), ("balancing", _of("policy")), ("us", _of("us"))], result["policies"])
 
 
 def _limits(result: Row) -> str:
-    return _table(
+    return table(
         [
             ("what grows", _of("what")),
             ("measured", _of("measured")),

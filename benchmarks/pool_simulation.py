@@ -348,10 +348,12 @@ class SimClient:
             return
         self._burst_left -= 1
         if not self._burst_left and not work.open_loop:
+            wanted_s = self._burst_started_s + work.period_s * random.uniform(0.8, 1.2) + work.rest_s
+            next_s = max(now_s + work.rest_s, wanted_s)
             if self._burst_started_s >= self._counted_from_s:
                 outcome.bursts_s.append(now_s - self._burst_started_s)
-            next_s = self._burst_started_s + work.period_s * random.uniform(0.8, 1.2)
-            self._loop.at(max(now_s, next_s), self._burst)
+                outcome.late_s.append(next_s - wanted_s)
+            self._loop.at(next_s, self._burst)
 
     def arrived(self, copy: Copy, error: StillhouseError | None) -> None:
         """An answer came in from the network."""

@@ -34,7 +34,8 @@ class Work:
 
     burst 0: each keeps `in_flight` calls open, all the time. Else each has `burst` sequences at once, of which it has
     `in_flight` on the wire, waits for all, and has the next `period_s` after the last (give or take 20%), or as soon as
-    it has the answers. open_loop: it does not wait for the answers (in the simulation only).
+    it has the answers. rest_s: and not before so long after these. open_loop: it does not wait for the answers (in the
+    simulation only).
     A sequence has `tokens` on average, each between 1 - spread and 1 + spread times that.
     """
 
@@ -45,6 +46,7 @@ class Work:
     top_k: int = 8
     burst: int = 0
     period_s: float = 0.0
+    rest_s: float = 0.0
     open_loop: bool = False
     tenant: str = ""
     balancing: str = "least_expected_wait"
@@ -62,7 +64,8 @@ class Outcome:
     """The answers that came in the `duration_s` that were measured, and what else happened in it.
 
     latencies_s: from the call to its answer. waits_s: in the server's queue and in its engine's, as it reports them.
-    bursts_s: of whole bursts. attempts: calls sent to servers, of `answered + failed` calls, in the whole run.
+    bursts_s: of whole bursts. late_s: how long after the period (and the rest) each burst's successor came. attempts:
+    calls sent to servers, of `answered + failed` calls, in the whole run.
     """
 
     duration_s: float = 0.0
@@ -70,6 +73,7 @@ class Outcome:
     latencies_s: list[float] = field(default_factory=list)
     waits_s: list[float] = field(default_factory=list)
     bursts_s: list[float] = field(default_factory=list)
+    late_s: list[float] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
     retries: dict[str, int] = field(default_factory=dict)
     hedges: int = 0
@@ -84,6 +88,7 @@ class Outcome:
         self.latencies_s += other.latencies_s
         self.waits_s += other.waits_s
         self.bursts_s += other.bursts_s
+        self.late_s += other.late_s
         for mine, others in ((self.failures, other.failures), (self.retries, other.retries)):
             for reason, count in others.items():
                 mine[reason] = mine.get(reason, 0) + count
