@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help deps demo test chaos lint types bench protos clean
+.PHONY: help deps demo test chaos cluster-test images image-test lint types bench protos render clean
 
 help: ## what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # The programs alone, as a user would install them.
 .venv/programs: pyproject.toml constraints.txt
@@ -40,7 +40,13 @@ node_modules/installed: package.json
 	scripts/install_test_tools.sh
 	@touch $@
 
-deps: .venv/development .venv/test-tools .venv-vllm/installed node_modules/installed .venv-proto/bin/python ## install everything into .venv and node_modules
+# The policy scan wants old versions of much, so it has an environment of its own, too.
+.venv-checkov/installed: requirements-checkov.txt
+	$(PYTHON) -m venv .venv-checkov
+	.venv-checkov/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-checkov.txt
+	@touch $@
+
+deps: .venv/development .venv/test-tools .venv-vllm/installed .venv-checkov/installed node_modules/installed .venv-proto/bin/python ## install everything into .venv and node_modules
 
 demo: .venv/programs ## train a student against a served teacher, and by GRPO alone; compare (12 minutes)
 	$(BIN)/python examples/chain_sum/demo.py $(ARGS)
@@ -50,6 +56,17 @@ test: deps ## every test
 
 chaos: deps ## the tests of faults, floods and long runs in their full form (an hour)
 	STILLHOUSE_CHAOS=full $(BIN)/python -m pytest tests/chaos $(ARGS)
+
+cluster-test: deps ## the chart on a real Kubernetes control plane, which is built first (10 minutes); needs root
+	scripts/build_kubernetes.sh
+	STILLHOUSE_CLUSTER=1 $(BIN)/python -m pytest tests/cluster $(ARGS)
+
+images: ## build the images of teacher, teacher-cpu and trainer (docs/images.md)
+	scripts/build_images.sh $(ARGS)
+
+image-test: .venv/development ## build the CPU images and run them; needs root (20 minutes)
+	scripts/install_image_tools.sh
+	STILLHOUSE_IMAGES="$${STILLHOUSE_IMAGES:-teacher-cpu trainer-cpu}" $(BIN)/python -m pytest tests/deploy/test_built_images.py $(ARGS)
 
 lint: deps ## style of the code
 	$(BIN)/ruff check .
@@ -68,5 +85,8 @@ bench: deps ## measure the student's step, the loop, the pool and the vLLM teach
 protos: ## write the generated code of the contract anew
 	scripts/generate_protos.sh
 
+render: .venv/development ## write anew what is rendered from the chart: goldens of its tests, and deploy/kustomize
+	$(BIN)/python -m tests.deploy.goldens
+
 clean: ## remove what was installed
-	rm -rf .venv .venv-proto .venv-vllm node_modules
+	rm -rf .venv .venv-checkov .venv-proto .venv-vllm node_modules

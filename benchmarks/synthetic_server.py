@@ -26,11 +26,9 @@ from stillhouse.codec import Scores, ScoreTask, Teacher
 from stillhouse.errors import Unavailable
 from teacher_server.engine import EngineLost
 from teacher_server.fair_queue import Bounds
-from teacher_server.health_port import HealthPort
-from teacher_server.interceptors import SERVICE
 from teacher_server.logs import set_up
-from teacher_server.metrics import Metrics
 from teacher_server.options import OptionError
+from teacher_server.pages import Pages
 from teacher_server.security import load_security
 from teacher_server.server import serve
 
@@ -210,9 +208,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 async def _run(options: argparse.Namespace) -> None:
-    metrics = Metrics()
+    pages = Pages(
+        metrics_host=options.listen.rpartition(":")[0].strip("[]"),
+        metrics_port=options.metrics_port,
+        health_listen=options.health_listen,
+        stall_s=options.stall_s,
+    )
     security = load_security(
-        metrics,
+        pages.metrics,
         access=options.access,
         tls_certificate=options.tls_certificate,
         tls_key=options.tls_key,
@@ -222,9 +225,8 @@ async def _run(options: argparse.Namespace) -> None:
         token_review_url="",
         token_review_credentials=Path(),
     )
-    health = HealthPort(options.health_listen, (SERVICE,), options.stall_s) if options.health_listen else None
-    if health:
-        print(f"health_port={health.port}", flush=True)
+    if pages.health:
+        print(f"health_port={pages.health.port}", flush=True)
     await asyncio.sleep(options.load_s)
     engine = SyntheticEngine(
         describe(options.name, options.revision, options.dtype),
@@ -237,10 +239,8 @@ async def _run(options: argparse.Namespace) -> None:
     )
     await serve(
         engine,
-        metrics,
+        pages,
         listen=options.listen,
-        metrics_host=options.listen.rpartition(":")[0].strip("[]"),
-        metrics_port=options.metrics_port,
         drain_s=options.drain_s,
         bounds=Bounds(
             max_tokens=options.max_queue_tokens,
@@ -249,7 +249,6 @@ async def _run(options: argparse.Namespace) -> None:
             burst_tokens=options.burst_tokens,
         ),
         security=security,
-        health_port=health,
         stall_s=options.stall_s,
     )
 

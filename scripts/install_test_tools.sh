@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what tests/chaos uses beside Python: nftables, iproute2, util-linux, faketime, prometheus (Debian's own).
+# Installs what tests use beside Python, from Debian: nftables, iproute2, util-linux, faketime, prometheus (with
+# promtool), prometheus-alertmanager (with amtool).
 #
 # Installs only what is missing, and only as root on a system with apt. Elsewhere it says what is missing and
 # succeeds: tests that need a tool skip and name it.
@@ -9,6 +10,7 @@ export PATH="$PATH:/usr/sbin:/sbin"
 
 declare -A commands=(
   [nftables]=nft [iproute2]=ip [util-linux]=unshare [faketime]=faketime [prometheus]=promtool
+  [prometheus-alertmanager]=amtool
 )
 missing=()
 for package in "${!commands[@]}"; do

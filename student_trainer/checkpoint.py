@@ -20,7 +20,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,22 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. on_saved: called in the main process, from any thread, when one is on disk."""
 
-    def __init__(self, folder: Path, processes: Processes, *, keep: int, background: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        processes: Processes,
+        *,
+        keep: int,
+        background: bool,
+        on_saved: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder = folder
         self._processes = processes
         self._keep = keep
         self._background = background
+        self._on_saved = on_saved
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._best: int | None = None
@@ -111,6 +120,7 @@ class Checkpoints:
                 shutil.rmtree(final, ignore_errors=True)  # saved before, by a run that went on from an older one
                 os.replace(partial, final)
                 _sync(self.folder)
+                self._on_saved()
                 self._rotate()
 
         self._writer = threading.Thread(target=self._guarded, args=(write,), name="checkpoint")
@@ -172,15 +182,20 @@ def verify(checkpoint: Path) -> None:
     try:
         wanted = json.loads((checkpoint / _CHECKSUMS).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(_broken(checkpoint, f"{_CHECKSUMS} cannot be read ({error})")) from error
+        raise _broken(checkpoint, f"{_CHECKSUMS} cannot be read ({error})") from error
     for name, (size, digest) in wanted.items():
         path = checkpoint / name
         if not path.is_file():
-            raise ConfigError(_broken(checkpoint, f"{name} is missing"))
+            raise _broken(checkpoint, f"{name} is missing")
         if path.stat().st_size != size:
-            raise ConfigError(_broken(checkpoint, f"{name} has {path.stat().st_size} bytes and should have {size}"))
+            raise _broken(checkpoint, f"{name} has {path.stat().st_size} bytes and should have {size}")
         if _sha256(path) != digest:
-            raise ConfigError(_broken(checkpoint, f"{name} is not what was saved (SHA-256)"))
+            raise _broken(checkpoint, f"{name} is not what was saved (SHA-256)")
+
+
+def saved_at(checkpoint: Path) -> float:
+    """When it was written, in seconds since 1970."""
+    return (checkpoint / _CHECKSUMS).stat().st_mtime
 
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:
@@ -269,7 +284,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _broken(checkpoint: Path, what: str) -> str:
+def _broken(checkpoint: Path, what: str) -> ConfigError:
     others = [step for step in saved_steps(checkpoint.parent) if f"step-{step}" != checkpoint.name]
     older = f"the run then goes on from step {others[-1]}" if others else "the run then starts from the beginning"
-    return f"run_dir: {checkpoint} is damaged: {what}. Remove that directory ({older}), or restore it from a copy"
+    return ConfigError(
+        f"run_dir: {checkpoint} is damaged: {what}. Remove that directory ({older}), or restore it from a copy",
+        reason="checkpoint",
+    )

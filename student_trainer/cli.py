@@ -1,31 +1,58 @@
-"""`student-trainer`: train, eval, score. Arguments are parsed before anything heavy is imported."""
+"""`student-trainer`: train, eval, score, launch. Arguments are parsed before anything heavy is imported."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import stillhouse
+from student_trainer.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from student_trainer.failures import Failure
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, or stopped by SIGTERM and saved; 1 failed while running; 2
-    refused before it began; 130 stopped by Ctrl-C."""
+    """Entry point; returns the exit status, of which `student_trainer.failures` has the list."""
     # Threads that wait leave their cores to the other processes; set before torch reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["launch"] and "--" in words:
+        end = words.index("--")
+        options = _parse(words[end + 1 :])
+        if options.command != "train":
+            _parser().error(f"launch: {options.command} is one process; write launch [torchrun's options] -- train ...")
+        from student_trainer.launch import launch
+
+        return launch(words[1:end], words[end + 1 :], options.stopped_status)
+    options = _parse(words)
+    with contextlib.ExitStack() as stack:
+        stop = StopRequest()
+        if options.command == "train":
+            # As a program it listens to its very end: a signal to one that is about to end changes nothing.
+            stop = stop.listen() if arguments is None else stack.enter_context(stop)
+        try:
+            return _dispatch(options, stop)
+        except KeyboardInterrupt:
+            print("interrupted; the last checkpoint stands", file=sys.stderr)
+            return 130
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(words)
+    if options.command == "launch":
+        parser.error("launch: write -- between torchrun's options and train, for example launch -- train CONFIG.yaml")
     # argparse takes key=value only where it stands right behind the file; behind an option it means the same.
     if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
-    try:
-        return _dispatch(options)
-    except KeyboardInterrupt:
-        print("interrupted; the last checkpoint stands", file=sys.stderr)
-        return 130
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="go on with the run in run_dir from its newest checkpoint; start it if there is none",
             )
+            command.add_argument(
+                "--stopped-status",
+                type=_stopped_status,
+                default=0,
+                metavar="N",
+                help="exit status of a run that SIGTERM stopped and that was saved (default: 0)",
+            )
         if name == "eval":
             command.add_argument("--out", type=Path, help="also write the result there, as JSON")
     score = commands.add_parser("score", help="score a JSONL of texts with a teacher and write the arrays")
@@ -69,44 +103,101 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--token-file", type=Path, metavar="FILE", help="holds a bearer token")
     score.add_argument("--plaintext-token", action="store_true", help="send it without TLS")
     score.add_argument("--part-size", type=int, default=1024, help="sequences in a file")
+    what = "torchrun, but with an exit status that says what happened"
+    launch = commands.add_parser(
+        "launch", help=what, description=f"{what}. torchrun's options: python -m torch.distributed.run --help"
+    )
+    launch.usage = "student-trainer launch [torchrun's options] -- train CONFIG.yaml ..."
+    launch.add_argument("options", nargs="*", metavar="torchrun's options", help="for example --nproc-per-node 8")
     return parser
 
 
-def _dispatch(options: argparse.Namespace) -> int:
-    from student_trainer.config import ConfigError, load_config
+def _stopped_status(text: str) -> int:
+    if not text.isdigit() or int(text) > 255:
+        raise argparse.ArgumentTypeError(f"{text} is no exit status; choose one of 0 .. 255, for example 75")
+    if int(text) in (1, 2, 3):
+        raise argparse.ArgumentTypeError(f"{text} means that a run failed; choose another, for example 75")
+    return int(text)
 
+
+def _dispatch(options: argparse.Namespace, stop: StopRequest) -> int:
+    if options.command == "train":
+        return _train(options, stop)
     try:
         if options.command == "score":
             from student_trainer.score import score_file
 
             score_file(options)
-            return 0
-        config = load_config(options.config, options.overrides)
-        folder = options.config.resolve().parent
-        from transformers.utils import logging
+        else:
+            _evaluate(options)
+        return 0
+    except Exception as error:
+        return _told(error).status
 
-        from student_trainer.train import evaluate_only, train
 
-        logging.disable_progress_bar()  # ours is one line a step
+def _train(options: argparse.Namespace, stop: StopRequest) -> int:
+    from student_trainer.config import load_config, metrics_page
+    from student_trainer.stopping import Interrupted, Stopped
 
-        if options.command == "train":
-            summary = train(config, folder, resume=options.resume)
+    page = metrics_page(options.config, options.overrides)
+    exporter = None
+    with contextlib.ExitStack() as stack:
+        try:
+            if page is not None and _is_main():
+                from student_trainer.exporter import Exporter
+
+                exporter = Exporter(page)
+                stack.callback(exporter.close)
+                print(f"metrics at {exporter.url}", flush=True)
+            config = load_config(options.config, options.overrides)
+            if exporter is not None:
+                exporter.describe(config)
+            _quiet_libraries()
+            from student_trainer.train import train
+
+            folder = options.config.resolve().parent
+            summary = train(config, folder, resume=options.resume, stop=stop, exporter=exporter)
             if _is_main():
                 print(json.dumps(summary, indent=2))
             return 0
-        result = evaluate_only(config, folder)
-        print(json.dumps(result, indent=2))
-        if options.out:
-            from student_trainer.run_dir import write_json
+        except Stopped as stopped:
+            if _speaks():
+                print(f"student-trainer: {stopped}: saved, --resume goes on from here", file=sys.stderr)
+            return 130 if isinstance(stopped, Interrupted) else options.stopped_status
+        except Exception as error:
+            failure = _told(error)
+            if exporter is not None:
+                exporter.failed(failure.reason)
+            if page is not None and page.hold_s and stop.signal is None:
+                # Also where there is no page: the first process to end takes the others with it.
+                if exporter is not None:
+                    print(
+                        f"student-trainer: stays for {page.hold_s:g} s so that {exporter.url} is read (metrics_hold_s)",
+                        file=sys.stderr,
+                    )
+                stop.wait(page.hold_s)
+            return failure.status
 
-            write_json(options.out, result)
-        return 0
-    except ConfigError as error:
-        if _is_main():  # the others say the same
-            print(f"student-trainer: nothing was started:\n{error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        return _failed(error)
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from student_trainer.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    _quiet_libraries()
+    from student_trainer.train import evaluate_only
+
+    result = evaluate_only(config, options.config.resolve().parent)
+    print(json.dumps(result, indent=2))
+    if options.out:
+        from student_trainer.run_dir import write_json
+
+        write_json(options.out, result)
+
+
+def _quiet_libraries() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours is one line a step
 
 
 def _is_main() -> bool:
@@ -114,32 +205,21 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _failed(error: Exception) -> int:
-    """Says in one message what ended the run; what nobody foresaw is raised on, with its traceback."""
-    from stillhouse.archive import ArchiveError
-    from stillhouse.errors import StillhouseError
-    from student_trainer.checkpoint import CheckpointError
-    from student_trainer.guards import Runaway
-    from student_trainer.handover import WrongWeights
-    from student_trainer.memory import DoesNotFit
-    from student_trainer.objective import NonFiniteLoss
-    from student_trainer.processes import PeerFailed
-    from student_trainer.sampler import SamplerLost
-    from student_trainer.stopping import Interrupted, Stopped
-    from student_trainer.verifiers import VerifierError
+def _speaks() -> bool:
+    """Of several processes that would say the same, one on each machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
-    if isinstance(error, StillhouseError):
-        print(f"student-trainer: the teacher: {error.reason}: {error}", file=sys.stderr)
-        return 1
-    if isinstance(error, Stopped):
-        if _is_main():
-            print(f"student-trainer: {error}: saved, --resume goes on from here", file=sys.stderr)
-        return 130 if isinstance(error, Interrupted) else 0
-    training = NonFiniteLoss | Runaway | DoesNotFit | CheckpointError
-    if isinstance(error, training | VerifierError | PeerFailed | SamplerLost | WrongWeights | ArchiveError):
-        print(f"student-trainer: {error}", file=sys.stderr)
-        return 1
-    raise error
+
+def _told(error: Exception) -> "Failure":
+    """Says in one message what ended the program; what nobody foresaw, with its traceback."""
+    from student_trainer.failures import REFUSED, failure_of
+
+    failure = failure_of(error)
+    if failure.message is None:
+        traceback.print_exception(error)
+    elif failure.status != REFUSED or _speaks():
+        print(f"student-trainer: {failure.message}", file=sys.stderr)
+    return failure
 
 
 if __name__ == "__main__":

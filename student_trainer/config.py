@@ -3,10 +3,10 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from student_trainer.objective_config import ConfigModel, Importance, ObjectiveConfig, merge
 from student_trainer.prompts import PromptsConfig
@@ -14,7 +14,11 @@ from student_trainer.schedules import is_always_zero
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; nothing has been started or written."""
+    """The configuration cannot be used; nothing has been started or written. reason: see `student_trainer.failures`."""
+
+    def __init__(self, message: str, *, reason: str = "config") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class LoraConfig(ConfigModel):
@@ -294,7 +298,11 @@ class RunConfig(ConfigModel):
     samples_per_step: int = Field(default=16, ge=0)
     """Rollouts of each step written to samples.jsonl."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """Port of the Prometheus endpoint on 127.0.0.1; 0: any free one; null: none."""
+    """Port of the Prometheus endpoint; 0: any free one; null: none."""
+    metrics_host: str = Field(default="127.0.0.1", min_length=1)
+    """Address that it listens on; 0.0.0.0 for a Prometheus on another machine."""
+    metrics_hold_s: float = Field(default=0.0, ge=0)
+    """How long a run that failed stays, so that Prometheus reads why. SIGTERM ends it."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
@@ -397,6 +405,8 @@ MAY_CHANGE = (
     "trackers",
     "samples_per_step",
     "metrics_port",
+    "metrics_host",
+    "metrics_hold_s",
 )
 """Keys that a resumed run may have otherwise than the run that it goes on with: where and how fast, not what.
 A model, prompts and an offline archive that lie elsewhere are compared with those that the run began with."""
@@ -443,6 +453,38 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
 
     Raises ConfigError with one line a fault: field, value, fix.
     """
+    data = _read(path, overrides)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from error
+
+
+class MetricsPage(NamedTuple):
+    """The keys of the Prometheus endpoint."""
+
+    host: str
+    port: int
+    hold_s: float
+
+
+def metrics_page(path: Path, overrides: list[str]) -> MetricsPage | None:
+    """Where the endpoint of a run is wanted, whatever else is wrong with its configuration; None if nowhere, or if
+    that cannot be known."""
+    fields = RunConfig.model_fields
+    kinds: dict[str, Any] = {name: (fields[name].annotation, fields[name]) for name in fields if "metrics_" in name}
+    try:
+        data = _read(path, overrides)
+        found: Any = create_model("Keys", **kinds).model_validate({name: data[name] for name in kinds if name in data})
+    except (ConfigError, ValidationError):
+        return None
+    if found.metrics_port is None:
+        return None
+    return MetricsPage(found.metrics_host, found.metrics_port, found.metrics_hold_s)
+
+
+def _read(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """What stands in `path`, with the overrides."""
     try:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -453,10 +495,7 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
         raise ConfigError(f"{path}: holds {type(data).__name__}; it must hold keys and values")
     for override in overrides:
         data = merge(data, _parse_override(override))
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from error
+    return data
 
 
 def _parse_override(text: str) -> dict[str, Any]:

@@ -123,6 +123,9 @@ def _step(parts: Parts, state: RunState, pipeline: Pipeline) -> None:
     if parts.scorer and archived is not None:
         row |= _archive_figures(parts.processes, archived, parts.scorer.archive_stats)
     state.step += 1
+    if parts.exporter:
+        parts.exporter.set("step", state.step)
+        parts.exporter.happened("last_step")
     state.rollouts += sum(parts.processes.gather(len(experience.samples)))
     state.response_tokens += int(row["response_tokens"])
     state.row = (row if config.offline is None else judged(row)) | {"rollouts": state.rollouts}

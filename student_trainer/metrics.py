@@ -1,13 +1,11 @@
-"""What is told about a step: means over tokens, a row for metrics.jsonl, gauges for Prometheus, a line to read."""
+"""What is told about a step: means over tokens, a row for metrics.jsonl, a line to read."""
 
-import threading
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from torch import Tensor
 
 from student_trainer.batch import Batch, Sample
@@ -197,38 +195,6 @@ def repetition(tokens: NDArray[np.int32], n: int = 4) -> float:
     for offset in range(n):  # a polynomial hash, modulo 2^64
         codes = codes * np.uint64(1_000_003) + tokens[offset : offset + count].astype(np.uint64)
     return 1.0 - len(np.unique(codes)) / count
-
-
-class Exporter:
-    """The Prometheus endpoint: each figure of the last step as a gauge `stillhouse_student_<name>`."""
-
-    def __init__(self, port: int) -> None:
-        self._registry = CollectorRegistry()
-        self._gauges: dict[str, Gauge] = {}
-        self._lock = threading.Lock()
-        self._server, self._thread = start_http_server(port, addr="127.0.0.1", registry=self._registry)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/metrics"
-
-    def show(self, row: dict[str, Any]) -> None:
-        """Sets a gauge for every number of `row`."""
-        for name, value in row.items():
-            if isinstance(value, int | float):
-                self.set(name, value)
-
-    def set(self, name: str, value: float) -> None:
-        """Sets one gauge, also in the middle of a step. From any thread."""
-        with self._lock:
-            if name not in self._gauges:
-                self._gauges[name] = Gauge(
-                    f"stillhouse_student_{name}", f"{name} of the last step", registry=self._registry
-                )
-            self._gauges[name].set(value)
-
-    def close(self) -> None:
-        """Stops the endpoint."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 def progress_line(row: dict[str, Any], steps: int) -> str:

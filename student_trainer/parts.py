@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from student_trainer.checkpoint import Checkpoints
 from student_trainer.config import RunConfig
 from student_trainer.experience import Judge
+from student_trainer.exporter import Exporter
 from student_trainer.guards import BestSoFar, Guards
-from student_trainer.metrics import Exporter
 from student_trainer.passrate import PassRates
 from student_trainer.processes import Processes
 from student_trainer.prompts import PromptOrder

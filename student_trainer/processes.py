@@ -12,9 +12,18 @@ from typing import Any
 
 import torch.distributed as dist
 
+from student_trainer.failures import LOST, failure_of
+from student_trainer.stopping import Stopped
+
 
 class PeerFailed(RuntimeError):
-    """Another process of the run failed; the message says which and why."""
+    """Another process of the run failed; the message says which and why. reason, status: that one's own
+    (`student_trainer.failures`)."""
+
+    def __init__(self, message: str, reason: str = "peer", status: int = LOST) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.status = status
 
 
 class Processes:
@@ -53,16 +62,23 @@ class Processes:
     def together(self) -> Generator[None]:
         """Work that may fail on one process: then it fails on all of them, instead of leaving the others to wait.
 
-        The others raise PeerFailed. What is no Exception (an interrupt) goes its own way.
+        The others raise PeerFailed, or Stopped if that is all that happened. What is no Exception (an interrupt) goes
+        its own way.
         """
         error: Exception | None = None
         try:
             yield
         except Exception as raised:
             error = raised
-        reports = self.gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
+        stopped = isinstance(error, Stopped)
+        failure = None if error is None or stopped else failure_of(error)
+        report = failure and (f"{type(error).__name__}: {error}", failure.reason, failure.status)
+        reports = self.gather((stopped, report))
+        if failure is not None and error is not None:
             raise error
-        for rank, report in enumerate(reports):
+        for rank, (_, report) in enumerate(reports):
             if report is not None:
-                raise PeerFailed(f"process {rank} of {self.count} failed: {report}")
+                text, reason, status = report
+                raise PeerFailed(f"process {rank} of {self.count} failed: {text}", reason, status)
+        if any(asked for asked, _ in reports):
+            raise error or Stopped("asked to stop")

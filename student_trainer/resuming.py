@@ -43,7 +43,10 @@ def check_identity(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any])
     for name, what in meanings.items():
         followed = name == "teacher" and now[name] is None  # whatever it serves
         if saved[name] != now[name] and not followed:
-            raise ConfigError(f"{what} that {checkpoint} was made with; put it back, or start a new run")
+            raise ConfigError(
+                f"{what} that {checkpoint} was made with; put it back, or start a new run",
+                reason="teacher_revision" if name == "teacher" else "config",
+            )
 
 
 def finished(config: RunConfig, found: dict[str, Any]) -> dict[str, Any] | None:

@@ -95,6 +95,8 @@ class Scorer:
         """How long nobody has answered a call that waits; 0 while the pool is up."""
         self.on_outage: Callable[[float], None] = lambda seconds: None
         """Called with `outage_s` once a second or so while it lasts, and with 0 at its end."""
+        self.on_revision: Callable[[str], None] = lambda revision: None
+        """Called when the pool serves another one, with a run that follows."""
         self.total_outage_s = 0.0
         """Of all outages so far."""
         self._shown_s = 0.0
@@ -198,13 +200,16 @@ class Scorer:
     def _noted(self, scores: Scores) -> Scores:
         if scores.model_revision != self._revision:
             self._revision = scores.model_revision
+            self.on_revision(self._revision)
             print(f"the teacher is revision {self._revision} now", file=sys.stderr, flush=True)
         return scores
 
     def _note_outage(self, seconds: float, error: StillhouseError | None) -> None:
         limit_s, why = self._config.outage_s, error or "calls fail and are sent again"
         if seconds >= limit_s:
-            raise Unavailable(f"no teacher has answered for {seconds:.0f} s (teacher.outage_s is {limit_s:g}): {why}")
+            raise Unavailable(
+                f"no teacher has answered for {seconds:.0f} s (teacher.outage_s is {limit_s:g}): {why}"
+            ) from error
         if seconds - self._shown_s >= _SHOW_EVERY_S:
             self._shown_s = seconds
             print(
@@ -222,8 +227,15 @@ class Scorer:
         self.outage_s = seconds
 
 
-def connect(config: RunConfig, teacher: TeacherConfig, tokenizer: Any, *, stop: Stopping = never) -> Scorer:
-    """A scorer, once the pool is up and fits the run.
+def connect(
+    config: RunConfig,
+    teacher: TeacherConfig,
+    tokenizer: Any,
+    *,
+    stop: Stopping = never,
+    on_outage: Callable[[float], None] = lambda seconds: None,
+) -> Scorer:
+    """A scorer, once the pool is up and fits the run. on_outage: see `Scorer`; called while waiting here, too.
 
     Waits up to `start_deadline_s` with a line on stderr every few seconds. Raises ConfigError for what can be
     known to fail later: another vocabulary, top_k or lengths beyond the server's limits; Stopped once `stop()`.
@@ -248,6 +260,7 @@ def connect(config: RunConfig, teacher: TeacherConfig, tokenizer: Any, *, stop: 
         nonlocal shown_s
         if stop():
             raise Stopped("asked to stop while waiting for the teacher")
+        on_outage(elapsed_s)
         if elapsed_s - shown_s >= 5:
             shown_s = elapsed_s
             where, limit_s = ", ".join(teacher.addresses), teacher.start_deadline_s
@@ -262,12 +275,16 @@ def connect(config: RunConfig, teacher: TeacherConfig, tokenizer: Any, *, stop: 
     except _REFUSED as error:
         client.close()
         raise ConfigError(
-            f"teacher: {error}; give teacher.token_file or teacher.tls_certificate of a tenant that may use it"
+            f"teacher: {error}; give teacher.token_file or teacher.tls_certificate of a tenant that may use it",
+            reason="teacher",
         ) from error
     except BaseException:
         client.close()
         raise
-    return Scorer(client, teacher, served, config.distil_temperature, rollout_temperature=config.rollout.temperature)
+    on_outage(0.0)
+    scorer = Scorer(client, teacher, served, config.distil_temperature, rollout_temperature=config.rollout.temperature)
+    scorer.on_outage = on_outage
+    return scorer
 
 
 def _tls(teacher: TeacherConfig) -> Tls | None:

@@ -2,11 +2,13 @@
 
 Answers that are being made or scored are given up (they are made again on resume, the same ones); a training step
 that has begun is finished. Then the run is saved. A second SIGINT (Ctrl-C) does not wait; a second SIGTERM changes
-nothing, since launchers send several.
+nothing, since launchers send several. Of several processes one may be asked alone, when its node is drained: the
+others hear of it (`student_trainer.notices`).
 """
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -25,11 +27,19 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.heard = False
+        """Another process of the run was asked."""
         self._handlers: dict[int, Any] = {}
 
     def __call__(self) -> bool:
         """Whether to stop."""
-        return self.signal is not None
+        return self.signal is not None or self.heard
+
+    def wait(self, seconds: float) -> None:
+        """Until a signal came to this process, or so many seconds have passed."""
+        end_s = time.monotonic() + seconds
+        while self.signal is None and (left_s := end_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, 0.2))
 
     def outcome(self) -> Stopped:
         """What the run ends with, once it is saved."""
@@ -37,11 +47,15 @@ class StopRequest:
             return Interrupted("stopped by SIGINT")
         return Stopped(f"stopped by {self.signal.name if self.signal else 'another process'}")
 
-    def __enter__(self) -> Self:
+    def listen(self) -> Self:
+        """Listens from now on, in the main thread; not so in any other."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._ask)
         return self
+
+    def __enter__(self) -> Self:
+        return self.listen()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -18,6 +18,7 @@ from student_trainer.checkpoint import (
     fingerprint,
     load_moments,
     read_trainer,
+    saved_at,
     saved_steps,
     verify,
 )
@@ -31,9 +32,10 @@ from student_trainer.config import (
 from student_trainer.evaluate import describe as describe_result
 from student_trainer.evaluate import evaluate
 from student_trainer.experience import InFlight
+from student_trainer.exporter import Exporter
 from student_trainer.handover import HandOver
 from student_trainer.loop import fit
-from student_trainer.metrics import Exporter
+from student_trainer.notices import Notices
 from student_trainer.offline import Offline, OfflineRunDir, open_offline
 from student_trainer.parallel import make_accelerator, meeting_timeout_s, whole_for_generation
 from student_trainer.parts import Parts, RunState
@@ -66,21 +68,30 @@ class _Setting:
     accelerator: Accelerator
     processes: Processes
     stop: StopRequest
+    exporter: Exporter | None  # of the main process, if there is one
     stack: contextlib.ExitStack  # what is closed at the end, however that comes
     checkpoint: Path | None  # to go on from
     found: dict[str, Any] | None  # its trainer.json
 
 
-def train(config: RunConfig, folder: Path, *, resume: bool = False) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    stop: StopRequest | None = None,
+    exporter: Exporter | None = None,
+) -> dict[str, Any]:
     """A whole run; returns what summary.json holds. `folder` is that of the configuration file.
 
     Everything that can be checked is checked before anything is written: prompts, verifiers, the model, the teacher
     and whether they fit each other. resume: go on with the run in run_dir from its newest checkpoint, if it has one.
+    stop: listens already; None: listens to SIGTERM and SIGINT from here to the end. exporter: of the main process.
 
     Raises Stopped after a SIGTERM or SIGINT; the run is saved then and can be resumed.
     """
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+        stop = stop or stack.enter_context(StopRequest())
         device = resolve_device(config.student.device)
         _check_trackers(config)
         with refusing("student: "):
@@ -91,23 +102,37 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> dict[str,
                 "CUDA_VISIBLE_DEVICES and set student.device to auto"
             )
         processes = Processes(meeting_timeout_s(config))
-        with processes.together():
-            if processes.is_main:
-                stack.callback(Claim(config.run_dir, resume=resume).release)
-        checkpoint = found = None
-        with processes.together():
-            if resume and (saved := saved_steps(config.run_dir / "checkpoints")):
-                checkpoint = config.run_dir / "checkpoints" / f"step-{saved[-1]}"
-                if processes.is_main:
-                    verify(checkpoint)
-                found = read_trainer(checkpoint)
-                check_resumed(config, checkpoint, found, processes)
-                if (summary := finished(config, found)) is not None:
-                    return summary
+        notices = Notices(
+            processes, stop, on_failure=lambda failure: exporter.failed(failure.reason) if exporter else None
+        )
+        stack.callback(notices.close)
         try:
-            return _run(_Setting(config, folder, accelerator, processes, stop, stack, checkpoint, found))
+            with processes.together():
+                if stop():
+                    raise Stopped("asked to stop before it began")
+                if processes.is_main:
+                    stack.callback(Claim(config.run_dir, resume=resume).release)
+            checkpoint = found = None
+            with processes.together():
+                if resume and (saved := saved_steps(config.run_dir / "checkpoints")):
+                    checkpoint = config.run_dir / "checkpoints" / f"step-{saved[-1]}"
+                    if processes.is_main:
+                        verify(checkpoint)
+                    found = read_trainer(checkpoint)
+                    check_resumed(config, checkpoint, found, processes)
+                    if (summary := finished(config, found)) is not None:
+                        return summary
+                    if exporter:
+                        exporter.set("step", found["step"])
+                        exporter.set("last_checkpoint_timestamp_seconds", saved_at(checkpoint))
+            return _run(_Setting(config, folder, accelerator, processes, stop, exporter, stack, checkpoint, found))
         except Stopped as stopped:
             raise stop.outcome() from stopped
+        except Exception as error:
+            explained = notices.explained(error)
+            if explained is error:
+                raise
+            raise explained from error
         finally:
             # Not after an error of this process alone: leaving a group can wait for the others.
             if processes.count > 1 and sys.exception() is None:
@@ -209,7 +234,9 @@ def _check(setting: _Setting) -> _Checked:
         )
     scorer = offline.scorer if offline else None
     if config.teacher and config.objective.needs_teacher:
-        scorer = connect(config, config.teacher, tokenizer, stop=setting.stop)
+        exporter = setting.exporter
+        tell = (lambda seconds: exporter.set("teacher_outage_now_s", seconds)) if exporter else (lambda seconds: None)
+        scorer = connect(config, config.teacher, tokenizer, stop=setting.stop, on_outage=tell)
         setting.stack.callback(scorer.close)
         limit = scorer.teacher.max_sequence_tokens
         check_lengths(longest(problems.prompts), config.rollout.max_new_tokens, limit, "teacher")
@@ -245,13 +272,11 @@ def _build(setting: _Setting, checked: _Checked) -> Parts:
         if sampler.owns_weights:
             prompt = checked.problems.prompts[0]
             hand_over = HandOver(sampler, policy, checked.model, prompt, config.rollout.temperature)
-        exporter = None
-        if processes.is_main and config.metrics_port is not None:
-            exporter = _exporter(config.metrics_port)
-            stack.callback(exporter.close)
-            print(f"metrics at {exporter.url}", flush=True)
+        exporter = setting.exporter
         if scorer and exporter:
-            scorer.on_outage = lambda seconds: exporter.set("teacher_outage_now_s", seconds)
+            model = scorer.teacher.model
+            exporter.describe(config, model, scorer.teacher.model_revision)
+            scorer.on_revision = lambda revision: exporter.describe(config, model, revision)
         run_dir = (OfflineRunDir if checked.offline else RunDir)(config, writes=processes.is_main)
         stack.callback(run_dir.close)
     assess = None
@@ -278,6 +303,7 @@ def _build(setting: _Setting, checked: _Checked) -> Parts:
             processes,
             keep=config.checkpoints.keep,
             background=config.checkpoints.background,
+            on_saved=lambda: exporter.happened("last_checkpoint") if exporter else None,
         ),
         identity=checked.identity,
         exporter=exporter,
@@ -396,13 +422,6 @@ def _evaluator(
         return result
 
     return assess
-
-
-def _exporter(port: int) -> Exporter:
-    try:
-        return Exporter(port)
-    except OSError as error:
-        raise ConfigError(f"metrics_port: {port} cannot be used ({error.strerror}); 0 takes a free one") from error
 
 
 def _optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -3,14 +3,23 @@
 from typing import Protocol
 
 from stillhouse.codec import Scores, ScoreTask, Teacher
+from teacher_server.start_failures import StartError
 
 
 class EngineLost(RuntimeError):
     """The engine died while it was served."""
 
 
-class SelfCheckFailed(RuntimeError):
+class SelfCheckFailed(StartError):
     """The engine's scores are not the model's; it must not serve."""
+
+    reason = "engine"
+
+
+class EngineNotStarted(StartError):
+    """The engine did not come up."""
+
+    reason = "engine"
 
 
 class Engine(Protocol):

@@ -15,6 +15,7 @@ from lm_head import LMHead, backbone_of, check_head, head_of, load_causal_lm, us
 from stillhouse.codec import Teacher
 from stillhouse.vocabulary import vocabulary_digest, vocabulary_size
 from teacher_server.options import OptionError, Options, server_version
+from teacher_server.weights import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +37,16 @@ class ServedModel:
 def load_model(options: Options) -> ServedModel:
     """Loads the model that `options` names.
 
-    Raises OptionError if an option does not fit the machine or the model, OSError or ValueError if the
-    directory does not hold a model that can be scored.
+    Raises OptionError if an option does not fit the machine or the model, DoesNotFit if the memory does not suffice,
+    DamagedWeights, OSError or ValueError if the directory does not hold a model that can be scored.
     """
     device = _device(options.device)
     config = read_config(options)
     dtype = compute_dtype(options.dtype, config, device)
     max_sequence_tokens = longest_sequence(options, config)
+    check_weights(options.model, config, dtype, device, head_rows=options.vocabulary_size)
     tokenizer = _load_tokenizer(options.model)
-    revision = options.revision or digest_model(options.model)
+    revision = _revision(options)
     logger.info("loading model=%s dtype=%s device=%s", options.model, dtype, device)
     model = load_causal_lm(options.model, dtype).to(device).eval().requires_grad_(False)
     size = options.vocabulary_size or usable_vocabulary(model, tokenizer)
@@ -67,7 +69,7 @@ def describe_model(options: Options, config: Any, dtype: torch.dtype) -> Teacher
             f"--vocabulary-size {size} (default: the tokenizer's): the model's head has {rows} rows; "
             "resize the model's embeddings, or give its own tokenizer"
         )
-    revision = options.revision or digest_model(options.model)
+    revision = _revision(options)
     return _teacher(options, options.engine, revision, tokenizer, size, longest_sequence(options, config), dtype)
 
 
@@ -109,6 +111,18 @@ def compute_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     # A CPU computes in half precision slowly, and its scores would be worse.
     stored = config.get_text_config().dtype
     return stored if stored is not None and device.type == "cuda" else torch.float32
+
+
+def _revision(options: Options) -> str:
+    """What is announced. Raises OptionError if the files are not those that were expected."""
+    revision = options.revision or digest_model(options.model)
+    if options.expect_revision and options.expect_revision != revision:
+        raise OptionError(
+            f"--expect-revision {options.expect_revision}: the digest of the files in {options.model} is {revision}; "
+            "put the right model there (was its download whole?), or expect this one",
+            reason="revision",
+        )
+    return revision
 
 
 def digest_model(directory: Path) -> str:

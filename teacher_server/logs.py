@@ -17,6 +17,7 @@ def set_up(level: str, style: str) -> None:
         JsonFormatter() if style == "json" else TextFormatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     )
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.captureWarnings(style == "json")
 
 
 def log_fields(logger: logging.Logger, level: int, message: str, fields: dict[str, Any]) -> None:

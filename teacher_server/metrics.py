@@ -1,16 +1,27 @@
 """What the server counts, as Prometheus series named `stillhouse_teacher_*`."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from stillhouse.codec import Teacher
 from stillhouse.errors import InvalidRequest, StillhouseError
 from stillhouse.v1 import teacher_pb2 as pb
 from teacher_server.gate import Gate
+from teacher_server.memory import devices
+from teacher_server.start_failures import REASONS
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +42,20 @@ class _DefaultRegistry(Collector):
         return []  # it grows later
 
 
+class _MemoryCollector(Collector):
+    """Memory at the moment of the scrape."""
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        prefix, by = "stillhouse_teacher_memory", ("device",)
+        used = GaugeMetricFamily(f"{prefix}_used_bytes", "Memory in use, caches of files left out, bytes", labels=by)
+        limit = GaugeMetricFamily(f"{prefix}_limit_bytes", "Memory there is, bytes", labels=by)
+        for device, memory in devices().items():
+            used.add_metric([device], memory.used)
+            limit.add_metric([device], memory.limit)
+        yield used
+        yield limit
+
+
 class Metrics:
     """All series of one server, in a registry of their own."""
 
@@ -46,6 +71,12 @@ class Metrics:
         def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
             return Gauge(f"stillhouse_teacher_{name}", text, labels, registry=registry)
 
+        self.ready = gauge("ready", "1 while requests should come here, as the health port says, else 0")
+        self._start_failed = gauge("start_failed", "1 if the server could not start, by the reason why", ("reason",))
+        for reason in REASONS:
+            self._start_failed.labels(reason).set(0)
+        registry.register(_MemoryCollector())
+        self._process = ProcessCollector(registry=registry)
         # Tenants are those of the file of rights (and "" before anybody is known), models those of one server: the
         # number of series is bounded by the operator, never by callers.
         by = ("tenant", "model")
@@ -102,6 +133,10 @@ class Metrics:
             "1, labelled with what is served",
             ("model", "revision", "engine", "dtype", "version"),
         )
+
+    def start_failed(self, reason: str) -> None:
+        """Says that the server could not start; one of REASONS."""
+        self._start_failed.labels(reason).set(1)
 
     def describe(self, teacher: Teacher) -> None:
         """Says what is served from now on."""
@@ -170,6 +205,7 @@ class Metrics:
 
     def include_default_registry(self) -> None:
         """Adds the series of the process's default registry, where vLLM keeps its own."""
+        self.registry.unregister(self._process)  # it is in that one too
         self.registry.register(_DefaultRegistry())
 
     def listen(self, host: str, port: int) -> tuple[int, Callable[[], None]]:

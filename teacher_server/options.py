@@ -7,22 +7,34 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import re
 import socket
-from collections.abc import Sequence
+import urllib.parse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from teacher_server.start_failures import StartError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINES = ("torch", "vllm")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+USAGE = "teacher-server --model DIR [options]"
+LEADER_PORT = 29400
 MAX_RESPONSE_BYTES = 255 * 2**20
 """What a client's receive limit of 256 MiB leaves for the arrays of an answer."""
 
 
-class OptionError(ValueError):
-    """An option is wrong; the message names option, value and fix."""
+class OptionError(StartError, ValueError):
+    """An option, or a file that it names, is wrong; the message names option, value and fix."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, reason: str = "options") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +45,7 @@ class Options:
     model: Path
     name: str
     revision: str  # "": digest of the files
+    expect_revision: str  # lower case; "": whatever the files are
     listen: str
     metrics_port: int
     dtype: str
@@ -49,6 +62,10 @@ class Options:
     logits_slice_bytes: int
     tensor_parallel_size: int
     pipeline_parallel_size: int
+    nodes: int
+    node_rank: int
+    leader_address: str
+    nodes_wait_s: float
     quantization: str | None
     gpu_memory_utilization: float | None
     kv_cache_bytes: int | None
@@ -67,6 +84,7 @@ class Options:
     follow: bool
     drain_s: float
     stall_s: float
+    hold_failed_s: float
     log_level: str
     log_format: str
 
@@ -80,6 +98,14 @@ class Options:
         """Port part of `listen`."""
         return int(self.listen.rpartition(":")[2])
 
+    @property
+    def leader(self) -> tuple[str, int]:
+        """Host and port of `leader_address`. Raises ValueError."""
+        parts = urllib.parse.urlsplit(f"//{self.leader_address}")
+        if not parts.hostname or parts.netloc != self.leader_address:
+            raise ValueError(self.leader_address)
+        return parts.hostname, LEADER_PORT if parts.port is None else parts.port
+
 
 def server_version() -> str:
     """Version of the installed distribution, or "source" when it runs from a checkout."""
@@ -90,17 +116,12 @@ def server_version() -> str:
 
 
 def parse(argv: Sequence[str] | None = None) -> Options:
-    """The options of a command line. A wrong one ends the program with code 2 and one message."""
-    parser = build_parser()
-    arguments = vars(parser.parse_args(argv))
+    """The options of a command line, not yet checked. What is none ends the program with code 2 and one message."""
+    arguments = vars(build_parser().parse_args(argv))
     arguments["name"] = arguments["name"] or arguments["model"].resolve().name
+    arguments["expect_revision"] = arguments["expect_revision"].lower()
     arguments["prefix_caching"] = not arguments.pop("no_prefix_caching")
-    options = Options(**arguments)
-    try:
-        check(options)
-    except OptionError as error:
-        parser.error(str(error))
-    return options
+    return Options(**arguments)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -111,6 +132,15 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object; give {{'name': value}} in JSON")
     return value
+
+
+def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    def choose(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(choices)}")
+        return text
+
+    return choose
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -126,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser; its help is the reference of the options."""
     parser = argparse.ArgumentParser(
         prog="teacher-server",
-        usage="teacher-server --model DIR [options]",
+        usage=USAGE,
         description="Serves one causal language model as a teacher: scores token sequences over gRPC.",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
@@ -138,6 +168,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory with safetensors")
     add("--name", default="", help="model name in requests (default: the directory's name)")
     add("--revision", default="", help="revision to announce (default: SHA-256 of configuration and weights)")
+    add(
+        "--expect-revision",
+        default="",
+        metavar="SHA256",
+        help="serve only if this is the SHA-256 of configuration and weights, as a server announces it by default",
+    )
     add("--dtype", default="auto", help=f"{', '.join(DTYPES)}; auto: as stored on a GPU, float32 on a CPU")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto: cuda if there is one")
     add("--vocabulary-size", type=int, metavar="N", help="ids that exist (default: the tokenizer's)")
@@ -171,6 +207,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("vllm engine", "with --engine vllm only").add_argument
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share each layer")
     add("--pipeline-parallel-size", type=int, default=1, metavar="N", help="groups of devices that share the layers")
+    add("--nodes", type=int, default=1, metavar="N", help="machines that share the model, each with as many devices")
+    add("--node-rank", type=int, default=0, metavar="R", help="which of them this is; 0 leads, and alone serves")
+    add("--leader-address", default="", metavar="HOST[:PORT]", help=f"of node 0 (default port: {LEADER_PORT})")
+    add(
+        "--nodes-wait-s", type=float, default=600.0, metavar="S", help="how long the nodes wait for each other, seconds"
+    )
     add("--quantization", metavar="METHOD", help="as vLLM names it (default: what the model's configuration says)")
     add(
         "--gpu-memory-utilization",
@@ -241,8 +283,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="an engine with work that ends none for so long is neither ready nor alive, seconds",
     )
-    add("--log-level", default="info", help=", ".join(LOG_LEVELS))
-    add("--log-format", default="text", help=", ".join(LOG_FORMATS))
+    add(
+        "--hold-failed-s",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="a start that failed stays so long before it ends, not ready, so that its metrics are read, seconds",
+    )
+    # Refused by argparse: everything after this is logged.
+    add("--log-level", default="info", type=_one_of(LOG_LEVELS), help=", ".join(LOG_LEVELS))
+    add("--log-format", default="text", type=_one_of(LOG_FORMATS), help=", ".join(LOG_FORMATS))
     return parser
 
 
@@ -250,8 +300,6 @@ def check(options: Options) -> None:
     """Raises OptionError for what can be seen to be wrong without loading anything."""
     _check_choice("--engine", options.engine, ENGINES)
     _check_choice("--dtype", options.dtype, DTYPES)
-    _check_choice("--log-level", options.log_level, LOG_LEVELS)
-    _check_choice("--log-format", options.log_format, LOG_FORMATS)
     _check_model_directory(options.model)
     if not options.name or any(character.isspace() for character in options.name):
         raise OptionError(f"--name {options.name!r}: give a name without white space")
@@ -269,6 +317,7 @@ def check(options: Options) -> None:
         ("--logits-slice-bytes", options.logits_slice_bytes, 1),
         ("--tensor-parallel-size", options.tensor_parallel_size, 1),
         ("--pipeline-parallel-size", options.pipeline_parallel_size, 1),
+        ("--nodes", options.nodes, 1),
         ("--kv-cache-bytes", options.kv_cache_bytes, 1),
     ):
         if value is not None and value < smallest:
@@ -283,8 +332,23 @@ def check(options: Options) -> None:
         raise OptionError(f"--drain-s {options.drain_s}: give 0 .. 86400 seconds")
     if not 1 <= options.stall_s <= 86_400:
         raise OptionError(f"--stall-s {options.stall_s}: give 1 .. 86400 seconds")
+    if not 0 <= options.hold_failed_s <= 86_400:
+        raise OptionError(f"--hold-failed-s {options.hold_failed_s}: give 0 .. 86400 seconds")
+    _check_expected_revision(options)
     _check_security(options)
     _check_addresses(options)
+
+
+def _check_expected_revision(options: Options) -> None:
+    expected = options.expect_revision
+    if not expected:
+        return
+    if not re.fullmatch("[0-9a-f]{64}", expected):
+        raise OptionError(f"--expect-revision {expected!r}: give 64 hexadecimal digits, as a server announces them")
+    if options.revision:
+        raise OptionError(f"--expect-revision {expected}: --revision leaves the digest out; give one of them")
+    if options.follow:
+        raise OptionError(f"--expect-revision {expected}: --follow would refuse every other model; give one of them")
 
 
 def _check_security(options: Options) -> None:
@@ -316,10 +380,14 @@ def _check_vllm_options(options: Options) -> None:
     if options.engine == "vllm":
         if importlib.util.find_spec("vllm") is None:
             raise OptionError("--engine vllm: vllm is not installed; pip install 'stillhouse[vllm]'")
+        _check_nodes(options)
         return
     for option, value, given in (
         ("--tensor-parallel-size", options.tensor_parallel_size, options.tensor_parallel_size != 1),
         ("--pipeline-parallel-size", options.pipeline_parallel_size, options.pipeline_parallel_size != 1),
+        ("--nodes", options.nodes, options.nodes != 1),
+        ("--node-rank", options.node_rank, options.node_rank != 0),
+        ("--leader-address", options.leader_address, options.leader_address != ""),
         ("--quantization", options.quantization, options.quantization is not None),
         ("--gpu-memory-utilization", share, share is not None),
         ("--kv-cache-bytes", options.kv_cache_bytes, options.kv_cache_bytes is not None),
@@ -330,6 +398,32 @@ def _check_vllm_options(options: Options) -> None:
             raise OptionError(f"{option} {value}: the {options.engine} engine has no such option; add --engine vllm")
 
 
+def _check_nodes(options: Options) -> None:
+    nodes, rank, address = options.nodes, options.node_rank, options.leader_address
+    if not 0 <= rank < nodes:
+        raise OptionError(f"--node-rank {rank}: with --nodes {nodes} the ranks are 0 .. {nodes - 1}")
+    if nodes == 1:
+        if address:
+            raise OptionError(f"--leader-address {address}: give --nodes and --node-rank too")
+        return
+    try:
+        _, port = options.leader
+    except ValueError:
+        port = 0
+    if not port:
+        raise OptionError(f"--leader-address {address!r}: with --nodes {nodes} give HOST or HOST:PORT of node 0")
+    tensor, pipeline = options.tensor_parallel_size, options.pipeline_parallel_size
+    if tensor * pipeline % nodes:
+        raise OptionError(
+            f"--nodes {nodes}: --tensor-parallel-size {tensor} times --pipeline-parallel-size {pipeline} devices are "
+            f"no multiple of {nodes}; give each node as many"
+        )
+    if not 1 <= options.nodes_wait_s <= 86_400:
+        raise OptionError(f"--nodes-wait-s {options.nodes_wait_s}: give 1 .. 86400 seconds")
+    if options.follow:
+        raise OptionError(f"--follow: a teacher on {nodes} nodes is given other weights by starting it anew")
+
+
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise OptionError(f"{option} {value!r}: choose from {', '.join(choices)}")
@@ -337,18 +431,22 @@ def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
 
 def _check_model_directory(model: Path) -> None:
     if not model.is_dir():
-        raise OptionError(f"--model {model}: no such directory; give a Hugging Face model directory")
+        raise OptionError(f"--model {model}: no such directory; give a Hugging Face model directory", "model")
     config = model / "config.json"
     if not config.is_file():
-        raise OptionError(f"--model {model}: it has no config.json; give the directory that save_pretrained wrote")
+        raise OptionError(
+            f"--model {model}: it has no config.json; give the directory that save_pretrained wrote", "model"
+        )
     try:
         is_object = isinstance(json.loads(config.read_text()), dict)
     except ValueError:
         is_object = False
     if not is_object:
-        raise OptionError(f"--model {model}: its config.json is not a JSON object; save or download it again")
+        raise OptionError(f"--model {model}: its config.json is not a JSON object; save or download it again", "model")
     if not any(model.glob("*.safetensors")):
-        raise OptionError(f"--model {model}: it has no *.safetensors file; save the model with save_pretrained")
+        raise OptionError(
+            f"--model {model}: it has no *.safetensors file; save the model with save_pretrained", "model"
+        )
 
 
 def _check_addresses(options: Options) -> None:

@@ -1,11 +1,13 @@
 """Assembles the program: options -> who may use it -> model -> engine -> server. Everything heavy is imported here."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 # Before torch allocates anything: large memory on a CPU in huge pages, or a slice of logits costs 65,000 page faults.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -14,17 +16,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave t
 import torch
 import transformers
 
-from teacher_server.engine import Engine
+from teacher_server.engine import Engine, EngineLost, EngineNotStarted
 from teacher_server.fair_queue import Bounds
 from teacher_server.following import Follower
-from teacher_server.health_port import HealthPort
-from teacher_server.interceptors import SERVICE
 from teacher_server.loading import compute_dtype, describe_model, load_model, read_config
 from teacher_server.metrics import Metrics
 from teacher_server.options import OptionError, Options
+from teacher_server.pages import Pages
 from teacher_server.security import Security, load_security
 from teacher_server.server import serve
 from teacher_server.serving import Serving
+from teacher_server.start_failures import StartError
+from teacher_server.weights import check_weights
+
+if TYPE_CHECKING:
+    from stillhouse.codec import Teacher
+    from teacher_server import vllm_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +41,18 @@ from many sequences, so it wants more to choose from."""
 _FOLLOW_EVERY_S = 2.0
 
 
-def run(options: Options) -> None:
+def run(options: Options, pages: Pages) -> None:
     """Loads the model and serves it until a signal.
 
-    Raises what `load_model` raises or vLLM's own error, and EngineLost if the engine dies.
+    Raises what `load_model` raises, SelfCheckFailed or EngineNotStarted, and EngineLost if the engine dies.
     """
     transformers.utils.logging.disable_progress_bar()
-    metrics = Metrics()
+    transformers.utils.logging.disable_default_handler()  # its lines go where ours go, in our format
+    transformers.utils.logging.enable_propagation()
+    metrics = pages.metrics
+    if options.node_rank > 0:
+        asyncio.run(_follow_leader(options, pages))
+        return
     security = load_security(  # before minutes of loading
         metrics,
         access=options.access,
@@ -52,25 +64,22 @@ def run(options: Options) -> None:
         token_review_url=options.token_review_url,
         token_review_credentials=options.token_review_credentials,
     )
-    health = None
-    if options.health_listen:
-        health = HealthPort(options.health_listen, (SERVICE,), options.stall_s)
-        logger.info("alive and not ready: health_port=%d", health.port)
     if options.engine == "vllm":
         metrics.include_default_registry()
         make_engine = _vllm_engine
     else:
         make_engine = _torch_engine
-    asyncio.run(_load_and_serve(options, metrics, security, health, make_engine))
+    asyncio.run(_load_and_serve(options, pages, security, make_engine))
 
 
 async def _load_and_serve(
     options: Options,
-    metrics: Metrics,
+    pages: Pages,
     security: Security,
-    health: HealthPort | None,
     make_engine: Callable[[Options, Metrics], Awaitable[Engine]],
 ) -> None:
+    metrics = pages.metrics
+
     async def checked(options: Options) -> Engine:
         started_s = time.monotonic()
         engine = await make_engine(options, metrics)
@@ -97,10 +106,8 @@ async def _load_and_serve(
     try:
         await serve(
             engine,
-            metrics,
+            pages,
             listen=options.listen,
-            metrics_host=options.host,
-            metrics_port=options.metrics_port,
             drain_s=options.drain_s,
             bounds=Bounds(
                 max_tokens=options.max_queue_tokens,
@@ -109,7 +116,6 @@ async def _load_and_serve(
                 burst_tokens=burst,
             ),
             security=security,
-            health_port=health,
             stall_s=options.stall_s,
             follow=follow,
         )
@@ -129,16 +135,63 @@ async def _torch_engine(options: Options, metrics: Metrics) -> Engine:
     )
 
 
+@contextlib.contextmanager
+def _starting_vllm() -> Iterator[None]:
+    """What vLLM raises here comes from any of its parts, or from the libraries that it needs."""
+    try:
+        yield
+    except (StartError, EngineLost):
+        raise
+    except Exception as error:
+        raise EngineNotStarted(f"{type(error).__name__}: {error}") from error
+
+
 async def _vllm_engine(options: Options, metrics: Metrics) -> Engine:
-    config = read_config(options)
-    from teacher_server import vllm_adapter
+    teacher, settings = await _vllm_settings(options)
+    from teacher_server import vllm_adapter, vllm_multi_node
     from teacher_server.vllm_engine import VllmEngine
 
-    device = vllm_adapter.device_type()
-    if options.device not in ("auto", device):
-        raise OptionError(f"--device {options.device}: the installed vllm computes on {device}; give auto")
-    vllm_adapter.check_architectures(config.architectures or ())
+    with _starting_vllm():
+        if options.nodes > 1:
+            vllm = await vllm_multi_node.lead(options, teacher, settings)
+        else:
+            vllm = await asyncio.to_thread(vllm_adapter.Vllm.start, settings)
+    return VllmEngine(
+        vllm,
+        teacher,
+        died_error=vllm_adapter.EngineDied,
+        on_cached=metrics.cached_tokens.inc,
+        on_resent=metrics.resent_sequences.inc,
+    )
+
+
+async def _follow_leader(options: Options, pages: Pages) -> None:
+    teacher, settings = await _vllm_settings(options)
+    from teacher_server import vllm_multi_node
+
+    with _starting_vllm():
+        await vllm_multi_node.follow(options, pages, teacher, settings)
+
+
+async def _vllm_settings(options: Options) -> "tuple[Teacher, vllm_adapter.Settings]":
+    config = read_config(options)
+    with _starting_vllm():
+        from teacher_server import vllm_adapter
+
+        device = vllm_adapter.device_type()
+        if options.device not in ("auto", device):
+            raise OptionError(f"--device {options.device}: the installed vllm computes on {device}; give auto")
+        vllm_adapter.check_architectures(config.architectures or ())
     dtype = compute_dtype(options.dtype, config, torch.device(device))
+    check_weights(
+        options.model,
+        config,
+        dtype,
+        torch.device(device),
+        head_rows=options.vocabulary_size,
+        # On a GPU vLLM itself knows what each device gets.
+        fits=device == "cpu" and options.quantization is None and options.nodes == 1,
+    )
     teacher = await asyncio.to_thread(describe_model, options, config, dtype)
     settings = vllm_adapter.Settings(
         model=options.model,
@@ -158,11 +211,7 @@ async def _vllm_engine(options: Options, metrics: Metrics) -> Engine:
         prefix_caching=options.prefix_caching,
         log_level=options.log_level,
         further=options.vllm_options,
+        nodes=options.nodes,
+        node_rank=options.node_rank,
     )
-    return VllmEngine(
-        await asyncio.to_thread(vllm_adapter.Vllm.start, settings),
-        teacher,
-        died_error=vllm_adapter.EngineDied,
-        on_cached=metrics.cached_tokens.inc,
-        on_resent=metrics.resent_sequences.inc,
-    )
+    return teacher, settings

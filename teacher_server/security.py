@@ -1,5 +1,6 @@
 """From options to who may connect and who may call."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,10 +60,22 @@ def load_security(
 
             credentials = server_credentials(certificate, tls_key, tls_client_ca, on_reload=reloaded)
             metrics.certificate_expires.set(certificate_expires_at(certificate))
-    except (AccessError, TlsError, TokenReviewError) as error:
-        raise OptionError(str(error)) from error
+    except AccessError as error:
+        raise OptionError(f"{error}{_hint(access)}", reason="access") from error
+    except TokenReviewError as error:
+        raise OptionError(f"{error}{_hint(token_review_credentials / 'token')}", reason="access") from error
+    except TlsError as error:
+        raise OptionError(f"{error}{_hint(tls_certificate, tls_key, tls_client_ca)}", reason="tls") from error
     authenticator = Authenticator(file, certificates=tls_client_ca is not None, token_review=review)
     return Security(credentials, file, authenticator)
+
+
+def _hint(*files: Path | None) -> str:
+    """Where these files come from in a pod, if one is missing."""
+    missing = next((file for file in files if file is not None and not os.path.exists(file)), None)
+    if missing is None:
+        return ""
+    return f" (in a pod: the Secret mounted at {missing.parent} may be missing, or have no key {missing.name})"
 
 
 def _counted(metrics: Metrics, what: str) -> Callable[[bool], None]:

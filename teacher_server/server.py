@@ -30,6 +30,8 @@ from teacher_server.health_port import HealthPort
 from teacher_server.health_service import NOT_SERVING, SERVING, HealthService
 from teacher_server.interceptors import SERVICE, CallInterceptor, CallLimits
 from teacher_server.metrics import Metrics
+from teacher_server.options import OptionError
+from teacher_server.pages import Pages
 from teacher_server.security import Security
 from teacher_server.servicer import TeacherServicer
 from teacher_server.serving import Serving
@@ -125,30 +127,33 @@ async def stop(running: RunningServer, drain_s: float) -> None:
 
 async def serve(
     engine: Engine,
-    metrics: Metrics,
+    pages: Pages,
     *,
     listen: str,
-    metrics_host: str,
-    metrics_port: int,
     drain_s: float,
     bounds: Bounds = DEFAULT_BOUNDS,
     security: Security | None = None,
-    health_port: HealthPort | None = None,
     stall_s: float = 300.0,
     follow: Callable[[Serving], tuple[Callable[[], None], Awaitable[None]]] | None = None,
 ) -> None:
-    """Serves until a signal; prints one line on standard output when ready. Closes the engine.
+    """Serves until a signal; prints one line on standard output when ready. Closes the engine and the pages.
 
     stall_s: an engine that had work for so long and ended none is not ready. follow: gets what is served, gives what
-    SIGHUP calls and what has to run beside the server. Raises EngineLost if the engine dies.
+    SIGHUP calls and what has to run beside the server. Raises OptionError if it cannot listen, and leaves the pages
+    open then; EngineLost if the engine dies.
     """
+    metrics = pages.metrics
     security = security or Security()
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         # Kept to the end: launchers often pass one signal on twice.
         loop.add_signal_handler(number, stopped.set)
-    running = await start(engine, metrics, listen, bounds=bounds, security=security, health_port=health_port)
+    try:
+        running = await start(engine, metrics, listen, bounds=bounds, security=security, health_port=pages.health)
+    except RuntimeError as error:
+        raise OptionError(f"--listen {listen}: cannot listen there ({error}); give a free port") from error
+    pages.served = True
     beside: list[asyncio.Future[None]] = [asyncio.create_task(_beat(running, stall_s))]
     if security.access is not None:
         beside.append(asyncio.create_task(security.access.watch()))
@@ -164,17 +169,14 @@ async def serve(
         look, watch = follow(running.serving)
         loop.add_signal_handler(signal.SIGHUP, look)
         beside.append(asyncio.ensure_future(watch))
-    bound_metrics_port, stop_metrics = metrics.listen(metrics_host, metrics_port)
-    print(_ready_line(running, listen, metrics_host, bound_metrics_port), flush=True)
+    print(_ready_line(running, listen, pages), flush=True)
     try:
         reason = await _until_the_end(running, stopped, drain_s)
     finally:
         for task in beside:
             task.cancel()
         await asyncio.gather(*beside, return_exceptions=True)
-        stop_metrics()
-        if health_port:
-            health_port.stop()
+        pages.close()
     if reason is not None:
         raise EngineLost(reason)
 
@@ -207,6 +209,7 @@ def _set_ready(running: RunningServer, ready: bool) -> None:
     """A server that stops is not ready, whatever its engine does."""
     ready = ready and not running.calls.stopping
     running.status.set(dict.fromkeys(("", SERVICE), SERVING if ready else NOT_SERVING))
+    running.metrics.ready.set(ready)
     if running.health:
         running.health.set_ready(ready)
 
@@ -244,15 +247,14 @@ def _largest_request(teacher: Teacher) -> int:
     return min(MAX_MESSAGE_BYTES, max(4 * 2**20, 4 * ids))
 
 
-def _ready_line(running: RunningServer, listen: str, metrics_host: str, metrics_port: int) -> str:
+def _ready_line(running: RunningServer, listen: str, pages: Pages) -> str:
     teacher = running.serving.describe()
     host = listen.rpartition(":")[0]
-    metrics = f"[{metrics_host}]" if ":" in metrics_host else metrics_host
     parts = [
         f"teacher-server ready: model={shlex.quote(teacher.model)}",
         f"revision={shlex.quote(teacher.model_revision)}",
         f"listen={host}:{running.port}",
-        f"metrics=http://{metrics}:{metrics_port}/metrics",
+        f"metrics={pages.metrics_url}",
     ]
     if running.health:
         parts.append(f"health_port={running.health.port}")

@@ -12,7 +12,8 @@ What is taken from vLLM, and from which of its parts:
 - `ModelRegistry.register_model`, `Pooler`, `PoolingMetadata`: the scoring model (documented);
 - `LogitsProcessor.forward`: replaced in the served model, so that every family's `compute_logits` gives float32
   logits of the process's own columns, unrounded and ungathered;
-- `Scheduler` and its `KVCacheManager.get_computed_blocks`: a reused prefix must end before the first row to score.
+- `Scheduler` and its `KVCacheManager.get_computed_blocks`: a reused prefix must end before the first row to score;
+- `MultiprocExecutor` with `nnodes`: a node of several that is not the first, as `vllm serve --headless` runs it.
 """
 
 # vLLM is not installed where types are checked: it has an environment of its own. And its version is looked at, and its
@@ -25,6 +26,7 @@ import gc
 import importlib.metadata
 import json
 import logging
+import multiprocessing
 import os
 import tempfile
 import time
@@ -42,6 +44,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch takes large memory o
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave their cores to the other processes
 
 import numpy as np
+import psutil
 import torch
 import vllm
 from torch import Tensor
@@ -61,6 +64,7 @@ from vllm.pooling_params import PoolingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from lm_head import linear
 from teacher_server.packing import RowRequest
@@ -70,12 +74,19 @@ from teacher_server.vllm_plugin import FAILURES_VARIABLE, SERVER_VARIABLE
 
 logger = logging.getLogger(__name__)
 
+VERSION: str = vllm.__version__
+"""Of vLLM."""
 CPU_KV_CACHE_BYTES = 2 * 2**30
 
 _ARCHITECTURES_VARIABLE = "STILLHOUSE_VLLM_ARCHITECTURES"
 _SETTINGS_VARIABLE = "STILLHOUSE_VLLM_SCORING"
 _TASK = "token_classify"  # the task of per-token poolers that both model runners know
+_WITHOUT_A_WORD = "one of its processes was killed, or ended without a word"
 _MASKED = -1e30  # logit of a column that is no token: probability 0, and unlike -inf it can be multiplied by 0
+
+
+class ProcessFailed(RuntimeError):
+    """The engine did not come up; the text is what the first of its processes that failed said of it."""
 
 
 class EngineDied(RuntimeError):
@@ -83,6 +94,15 @@ class EngineDied(RuntimeError):
 
 
 # The front end: what `vllm_engine` uses
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the processes of several nodes find each other."""
+
+    address: str  # of the leader
+    port: int
+    own_address: str  # of this node, on the same network
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,52 +126,37 @@ class Settings:
     prefix_caching: bool = True
     log_level: str = "info"
     further: dict[str, Any] = field(default_factory=dict)  # any other field of AsyncEngineArgs
+    nodes: int = 1
+    node_rank: int = 0
+    meeting: Meeting | None = None  # with several nodes
 
 
 class Vllm:
     """A running engine: sequences and what to score of them in, answers out."""
 
-    def __init__(self, llm: AsyncLLM, directory: "tempfile.TemporaryDirectory[str]") -> None:
+    def __init__(
+        self, llm: AsyncLLM, directory: "tempfile.TemporaryDirectory[str]", lost: Callable[[], str | None]
+    ) -> None:
         self._llm: AsyncLLM | None = llm
         self._directory = directory  # of the failures that the children report
+        self._lost = lost
 
     @classmethod
-    def start(cls, settings: Settings) -> "Vllm":
+    def start(cls, settings: Settings, lost: Callable[[], str | None] = lambda: None) -> "Vllm":
         """Starts the engine's processes and waits until they have the model.
 
-        Call it from the main thread: the children die with the thread that started them. Raises UnsupportedVllm,
-        or RuntimeError with the cause if the engine does not come up; no process is left then.
+        Call it from the main thread: the children die with the thread that started them. lost: what is known of the
+        loss of another node, for which the processes of this one were killed. Raises UnsupportedVllm, or
+        ProcessFailed or vLLM's own error if the engine does not come up; no process is left then.
         """
-        _check_entry_point()
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", settings.log_level.upper())
-        os.environ[_ARCHITECTURES_VARIABLE] = ",".join(settings.architectures)
-        os.environ[_SETTINGS_VARIABLE] = json.dumps(
-            {
-                "vocabulary_size": settings.vocabulary_size,
-                "max_top_k": settings.max_top_k,
-                "max_candidates": settings.max_candidates,
-                "logits_slice_bytes": settings.logits_slice_bytes,
-            }
-        )
-        directory = tempfile.TemporaryDirectory(prefix="stillhouse-")
-        os.environ[FAILURES_VARIABLE] = str(_failures(directory))
-        os.environ[SERVER_VARIABLE] = str(os.getpid())
-        # What a killed process leaves in shared memory is cleaned up; that need not be the last thing anybody reads.
-        silence = "ignore:resource_tracker:UserWarning"
-        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), silence]))
+        directory = _set_environment(settings)
         try:
-            return cls(AsyncLLM.from_engine_args(engine_arguments(settings)), directory)
+            return cls(AsyncLLM.from_engine_args(engine_arguments(settings)), directory, lost)
         except Exception as error:
-            with directory:
-                cause = _first_failure(directory)
+            cause = _cause(directory)
             if cause is None:  # it failed in this process, and says so itself
                 raise
-            if "memory" in cause.lower():
-                cause += (
-                    " (teacher-server's options: --gpu-memory-utilization, --kv-cache-bytes, --max-sequence-tokens, "
-                    "--max-batch-tokens, --logits-slice-bytes)"
-                )
-            raise RuntimeError(cause) from error
+            raise ProcessFailed(cause) from error
 
     async def encode(
         self, request_id: str, token_ids: list[int], request: RowRequest, *, read_cache: bool
@@ -181,8 +186,8 @@ class Vllm:
 
     @property
     def cause_of_death(self) -> str:
-        """What the first process that failed said of it."""
-        return _first_failure(self._directory) or "one of its processes was killed, or ended without a word"
+        """The loss of a node, or what the first process that failed said of it."""
+        return self._lost() or _first_failure(self._directory) or _WITHOUT_A_WORD
 
     def shutdown(self) -> None:
         """Stops the engine's processes; they are killed if they take more than 10 s."""
@@ -197,6 +202,94 @@ class Vllm:
         self._llm = None
         gc.collect()
         self._directory.cleanup()
+
+
+class NodeWorkers:
+    """The workers of a node other than the leader's: the leader's engine uses them over the network."""
+
+    def __init__(self, executor: MultiprocExecutor, directory: "tempfile.TemporaryDirectory[str]") -> None:
+        self._executor = executor
+        self._directory = directory
+
+    @classmethod
+    def start(cls, settings: Settings) -> "NodeWorkers":
+        """Starts the workers and waits until they have their part of the model, as those of all nodes do together.
+
+        As `Vllm.start`, call it from a thread that stays.
+        """
+        directory = _set_environment(settings)
+        # They wait for a leader that is gone: the end of the connection to it says so, and they need not be asked.
+        os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "0")
+        try:
+            config = engine_arguments(settings).create_engine_config(headless=True)
+            return cls(MultiprocExecutor(config), directory)
+        except Exception as error:
+            cause = _cause(directory)
+            if cause is None:  # it failed in this process, and says so itself
+                raise
+            raise ProcessFailed(cause) from error
+
+    @property
+    def dead(self) -> bool:
+        """Whether one of them is gone."""
+        return self._executor.is_failed
+
+    @property
+    def cause_of_death(self) -> str:
+        """What the first process that failed said of it."""
+        return _first_failure(self._directory) or _WITHOUT_A_WORD
+
+    def shutdown(self) -> None:
+        """Stops them."""
+        self._executor.shutdown()
+        self._directory.cleanup()
+
+
+def kill_processes() -> None:
+    """Kills what the engine consists of, also while it starts: its processes die with the one that this one started."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def _set_environment(settings: Settings) -> "tempfile.TemporaryDirectory[str]":
+    """What the engine's processes read when they begin; returns the directory of the failures that they report."""
+    _check_entry_point()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", settings.log_level.upper())
+    os.environ[_ARCHITECTURES_VARIABLE] = ",".join(settings.architectures)
+    os.environ[_SETTINGS_VARIABLE] = json.dumps(
+        {
+            "vocabulary_size": settings.vocabulary_size,
+            "max_top_k": settings.max_top_k,
+            "max_candidates": settings.max_candidates,
+            "logits_slice_bytes": settings.logits_slice_bytes,
+        }
+    )
+    directory = tempfile.TemporaryDirectory(prefix="stillhouse-")
+    os.environ[FAILURES_VARIABLE] = str(_failures(directory))
+    os.environ[SERVER_VARIABLE] = str(os.getpid())
+    # What a killed process leaves in shared memory is cleaned up; that need not be the last thing anybody reads.
+    silence = "ignore:resource_tracker:UserWarning"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), silence]))
+    if settings.meeting is not None:
+        # Left to themselves, vLLM takes the address of the default route and gloo that of the machine's name.
+        own = settings.meeting.own_address
+        os.environ.setdefault("VLLM_HOST_IP", own)
+        for interface, addresses in psutil.net_if_addrs().items():
+            if own in (address.address for address in addresses):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return directory
+
+
+def _cause(directory: "tempfile.TemporaryDirectory[str]") -> str | None:
+    """What made the first of the engine's processes fail that failed while it started."""
+    with directory:
+        cause = _first_failure(directory)
+    if cause is not None and "memory" in cause.lower():
+        cause += (
+            " (teacher-server's options: --gpu-memory-utilization, --kv-cache-bytes, --max-sequence-tokens, "
+            "--max-batch-tokens, --logits-slice-bytes)"
+        )
+    return cause
 
 
 def _failures(directory: "tempfile.TemporaryDirectory[str]") -> Path:
@@ -235,6 +328,8 @@ def engine_arguments(settings: Settings) -> AsyncEngineArgs:
         "max_num_batched_tokens": settings.max_batch_tokens,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "nnodes": settings.nodes,
+        "node_rank": settings.node_rank,
         "quantization": settings.quantization,
         "enable_prefix_caching": settings.prefix_caching,
         "enable_chunked_prefill": True,
@@ -247,9 +342,15 @@ def engine_arguments(settings: Settings) -> AsyncEngineArgs:
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
     if settings.kv_cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes
+    if settings.meeting is not None:
+        arguments["distributed_executor_backend"] = "mp"
+        arguments["master_addr"], arguments["master_port"] = settings.meeting.address, settings.meeting.port
+        # By how many devices it sees vLLM counts which ranks are on one node: it must see those that it uses.
+        devices = settings.tensor_parallel_size * settings.pipeline_parallel_size // settings.nodes
+        arguments["device_ids"] = list(range(devices))
     if device_type() == "cpu":
         arguments |= _cpu_arguments(settings)
-    ours = sorted(arguments.keys() & settings.further.keys() - {"enforce_eager"})
+    ours = sorted(arguments.keys() & settings.further.keys() - {"enforce_eager", "device_ids"})
     if ours:
         raise ValueError(f"--vllm-options: {', '.join(ours)} is set by teacher-server itself; use its own option")
     unknown = sorted(settings.further.keys() - AsyncEngineArgs.__dataclass_fields__.keys())

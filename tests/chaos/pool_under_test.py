@@ -291,12 +291,13 @@ def running(
 
 
 class Load:
-    """Callers that send from construction to `stop`. The keywords are the fields of `Plan`."""
+    """Callers that send from construction to `stop`. The keywords are the fields of `Plan`; `module` is the program."""
 
     def __init__(
         self,
         servers: Sequence[PoolServer] | Sequence[str],
         *,
+        module: str = "tests.chaos.load",
         namespace: Namespace | None = None,
         variables: dict[str, str] | None = None,
         prefix: tuple[str, ...] = (),
@@ -310,7 +311,7 @@ class Load:
                 *(namespace.prefix if namespace else ()),
                 *ends_with_this_process(),
                 *prefix,
-                *(sys.executable, "-m", "tests.chaos.load", json.dumps(dataclasses.asdict(self.plan))),
+                *(sys.executable, "-m", module, json.dumps(dataclasses.asdict(self.plan))),
             ],
             env=environment(**(variables or {})),
             cwd=ROOT,

@@ -93,9 +93,9 @@ def test_a_broken_line_of_the_prompts_is_named(teacher, tmp_path, capsys):
     assert done.returncode == 2 and "prompts.jsonl:13" in done.stderr
 
 
-def test_no_teacher_is_a_visible_wait_and_exit_status_1(tmp_path):
+def test_no_teacher_is_a_visible_wait_and_exit_status_3(tmp_path):
     done = _run("train", write_config(tmp_path, "127.0.0.1:9"), "teacher.start_deadline_s=1")
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "waiting for the teacher at 127.0.0.1:9" in done.stderr
     assert "student-trainer: the teacher: UNAVAILABLE" in done.stderr and "Traceback" not in done.stderr
 

@@ -284,6 +284,7 @@ def test_a_changed_configuration_is_refused_with_the_keys_named(half, overrides,
 
 def test_what_changes_only_where_and_how_fast_may_change(half):
     changes = ("optimizer.micro_batch_tokens=50", "teacher.deadline_s=20", "checkpoints.keep=9", "samples_per_step=1")
+    changes += ("metrics_port=0", "metrics_host=0.0.0.0", "metrics_hold_s=5")
     assert _resumed(half, "steps=4", *changes)["steps"] == 4
 
 

@@ -8,15 +8,18 @@ import json
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 from stillhouse.client import AsyncTeacherClient, TeacherClient
 from stillhouse.codec import Scores, ScoreTask, Teacher, decode_response, encode_request
@@ -306,6 +309,20 @@ def test_the_metrics_count_what_was_scored_and_refused(oak: ServerProcess, chann
     assert oak.metric(f"{prefix}_requests_in_flight") == 0
     info = f'{prefix}_model_info{{dtype="float32",engine="{oak.engine}",model="oak",revision="{oak.said["revision"]}"'
     assert info in oak.metrics
+
+
+def test_every_series_is_on_the_page_once_and_those_of_the_process_are_too(oak: ServerProcess) -> None:
+    families = list(text_string_to_metric_families(oak.metrics))
+    names = Counter(family.name for family in families)
+    assert [name for name, times in names.items() if times > 1] == []
+    series = Counter((one.name, *sorted(one.labels.items())) for family in families for one in family.samples)
+    assert [key for key, times in series.items() if times > 1] == []
+    assert {"process_start_time_seconds", "process_resident_memory_bytes", "process_open_fds"} <= names.keys()
+    process = psutil.Process(oak.process.pid)
+    assert oak.metric("process_start_time_seconds") == pytest.approx(process.create_time(), abs=2)
+    assert oak.metric("stillhouse_teacher_ready") == 1
+    assert oak.metric('stillhouse_teacher_start_failed{reason="model"}') == 0
+    assert (oak.metric('stillhouse_teacher_memory_used_bytes{device="host"}') or 0) > 0
 
 
 @pytest.mark.parametrize(

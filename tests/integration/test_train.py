@@ -2,7 +2,6 @@
 
 import json
 import math
-import socket
 from pathlib import Path
 
 import grpc
@@ -244,15 +243,6 @@ def test_what_cannot_work_is_refused_before_anything_is_written(teacher, tmp_pat
         _run(tmp_path, teacher, *overrides)
     assert not (tmp_path / "run").exists()
     assert teacher.calls["Score"] == 0
-
-
-def test_a_metrics_port_that_is_taken_is_refused_before_anything_is_written(teacher, tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(ConfigError, match=r"metrics_port: \d+ cannot be used .* 0 takes a free one"):
-            _run(tmp_path, teacher, f"metrics_port={taken.getsockname()[1]}")
-    assert not (tmp_path / "run").exists()
 
 
 def test_held_out_prompts_that_are_trained_on_are_pointed_out(teacher, tmp_path, capsys):

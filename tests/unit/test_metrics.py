@@ -10,7 +10,6 @@ import torch
 from student_trainer.logprobs import support_logprobs
 from student_trainer.metrics import (
     POSITION_EDGES,
-    Exporter,
     TokenMeter,
     merged,
     observe,
@@ -114,20 +113,6 @@ def test_measuring_does_not_change_a_gradient():
     observe(TokenMeter(), batch, support, policy, TokenLosses({}, None), on_policy=True)
     (after,) = torch.autograd.grad(policy.sum(), hidden)
     assert torch.equal(before, after)
-
-
-def test_every_figure_is_a_gauge_and_one_can_be_set_in_the_middle_of_a_step():
-    import urllib.request
-
-    exporter = Exporter(0)
-    try:
-        exporter.show({"kl": 0.5, "evaluation": {"pass@1": 1.0}, "alarm_length": True})
-        exporter.set("teacher_outage_now_s", 12.0)
-        text = urllib.request.urlopen(exporter.url).read().decode()
-    finally:
-        exporter.close()
-    for line in ("kl 0.5", "alarm_length 1.0", "teacher_outage_now_s 12.0"):
-        assert f"stillhouse_student_{line}\n" in text
 
 
 def test_the_line_of_a_step_names_alarms_and_waiting():

@@ -31,6 +31,16 @@ def test_a_process_that_only_hears_of_it_says_so():
     assert str(StopRequest().outcome()) == "stopped by another process"
 
 
+def test_hearing_of_it_is_being_asked_but_ends_no_wait_for_a_signal_to_this_process():
+    with StopRequest() as stop:
+        stop.heard = True
+        stop.wait(0.05)  # as long as it says
+        assert stop() and stop.signal is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.wait(3600.0)
+        assert str(stop.outcome()) == "stopped by SIGTERM"
+
+
 def test_outside_of_the_main_thread_signals_are_left_alone():
     before = signal.getsignal(signal.SIGTERM)
     seen = []

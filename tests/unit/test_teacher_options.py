@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from teacher_server.options import parse
+from teacher_server.cli import main
+from teacher_server.options import check, parse
 
 FREE = ["--listen", "127.0.0.1:0", "--metrics-port", "0"]
 
@@ -23,9 +24,11 @@ def directory(tmp_path: Path) -> Path:
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as raised:
-        parse(arguments)
-    assert raised.value.code == 2
+    try:
+        code = main(arguments)
+    except SystemExit as ended:  # argparse's own
+        code = ended.code
+    assert code == 2
     output = capsys.readouterr()
     assert output.out == ""
     usage, message = output.err.splitlines()
@@ -38,7 +41,7 @@ def test_help_and_errors_import_nothing_heavy() -> None:
         "import sys\n"
         "from teacher_server.cli import main\n"
         "try:\n"
-        "    main(sys.argv[1:])\n"
+        "    sys.exit(main(sys.argv[1:]))\n"
         "finally:\n"
         "    heavy = {'torch', 'transformers', 'grpc', 'numpy', 'google', 'prometheus_client'}\n"
         "    print('HEAVY', sorted(heavy & set(sys.modules)))\n"
@@ -68,8 +71,13 @@ def test_listen_is_split_into_host_and_port(directory: Path) -> None:
         ("--engine", "vllm", "vllm is not installed; pip install 'stillhouse[vllm]'"),
         ("--dtype", "int8", "choose from auto, float32, bfloat16, float16"),
         ("--log-level", "loud", "choose from debug"),
+        ("--log-format", "xml", "choose from text, json"),
         ("--name", "my model", "without white space"),
         ("--revision", "r" * 200, "at most 190 bytes"),
+        ("--expect-revision", "r1", "give 64 hexadecimal digits"),
+        ("--expect-revision", "a" * 63, "give 64 hexadecimal digits"),
+        ("--hold-failed-s", "-1", "give 0 .. 86400"),
+        ("--hold-failed-s", "soon", "invalid float value"),
         ("--vocabulary-size", "0", "give 1 or more"),
         ("--max-sequence-tokens", "1", "give 2 or more"),
         ("--max-top-k", "-1", "give 0 or more"),
@@ -127,3 +135,19 @@ def test_a_port_in_use_is_named_before_anything_is_loaded(
 def test_one_port_cannot_serve_both(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", str(directory), "--listen", "127.0.0.1:50999", "--metrics-port", "50999"]
     assert "--listen has this port" in refusal(arguments, capsys)
+
+
+@pytest.mark.parametrize("other", [("--revision", "r1"), ("--follow",)])
+def test_an_expected_digest_goes_with_no_option_that_makes_it_meaningless(
+    directory: Path, capsys: pytest.CaptureFixture[str], other: tuple[str, ...]
+) -> None:
+    expected = "0123456789abcdef" * 4
+    message = refusal(["--model", str(directory), *FREE, "--expect-revision", expected, *other], capsys)
+    assert message.startswith(f"--expect-revision {expected}: {other[0]} ")
+    assert message.endswith("give one of them")
+
+
+def test_an_expected_digest_may_be_written_in_capitals(directory: Path) -> None:
+    options = parse(["--model", str(directory), *FREE, "--expect-revision", "AB" * 32])
+    check(options)
+    assert options.expect_revision == "ab" * 32

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
 import torch
 import transformers
 
@@ -22,6 +21,7 @@ from teacher_server.loading import ServedModel, compute_dtype, digest_model, loa
 from teacher_server.options import OptionError, parse
 from teacher_server.scoring import score_tasks
 from teacher_server.torch_engine import BatchReport, TorchEngine
+from teacher_server.weights import DamagedWeights
 from tests.models import (
     FAMILIES,
     MAX_POSITIONS,
@@ -271,7 +271,7 @@ def test_auto_precision_is_the_stored_one_on_a_gpu_and_float32_on_a_cpu(tmp_path
 def test_damaged_weights_are_refused(tmp_path: Path, bytes_kept: int) -> None:
     weights = save_model(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:bytes_kept])
-    with pytest.raises(safetensors.SafetensorError):
+    with pytest.raises(DamagedWeights, match=r"model\.safetensors is missing or damaged"):
         load(tmp_path)
 
 

@@ -3,9 +3,14 @@
 {{- printf "%s-%s" .root.Release.Name .name -}}
 {{- end }}
 
+{{/* What runs a teacher. A LeaderWorkerSet may not be called as its Service: its controller makes one by its own name. */}}
+{{- define "stillhouse.workload" -}}
+{{- include "stillhouse.name" . -}}{{- if gt (int .teacher.nodes) 1 }}-group{{ end -}}
+{{- end }}
+
 {{- define "stillhouse.labels" -}}
 app.kubernetes.io/name: stillhouse
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
@@ -14,15 +19,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{/* What selects the pods of one teacher or run: {root, component, name}. */}}
 {{- define "stillhouse.selector" -}}
 app.kubernetes.io/name: stillhouse
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
-stillhouse.dev/{{ .component }}: {{ .name }}
+stillhouse.dev/{{ .component }}: {{ .name | quote }}
 {{- end }}
 
 {{- define "stillhouse.objectLabels" -}}
 {{ include "stillhouse.labels" .root }}
 app.kubernetes.io/component: {{ .component }}
-stillhouse.dev/{{ .component }}: {{ .name }}
+stillhouse.dev/{{ .component }}: {{ .name | quote }}
 {{- end }}
 
 {{- define "stillhouse.podLabels" -}}
@@ -36,6 +41,7 @@ app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 {{- range $key, $value := .teacher }}{{ if not (kindIs "invalid" $value) }}{{ $_ := set $own $key $value }}{{ end }}{{ end -}}
 {{- $teacher := mergeOverwrite (deepCopy .root.Values.teacherDefaults) $own -}}
 {{- $_ := set $teacher "engine" ($teacher.engine | default (ternary "torch" "vllm" (eq (int $teacher.gpus) 0))) -}}
+{{- $_ := set $teacher "model" ($teacher.model | default dict) -}}
 {{- toYaml $teacher -}}
 {{- end }}
 
@@ -43,6 +49,11 @@ app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 {{- $own := dict -}}
 {{- range $key, $value := .run }}{{ if not (kindIs "invalid" $value) }}{{ $_ := set $own $key $value }}{{ end }}{{ end -}}
 {{- mergeOverwrite (deepCopy .root.Values.runDefaults) $own | toYaml -}}
+{{- end }}
+
+{{/* Of the whole cluster, as are the rights of token reviews: the namespace belongs to their names. */}}
+{{- define "stillhouse.priorityClass" -}}
+{{- printf "%s.%s-teacher" .Release.Namespace .Release.Name -}}
 {{- end }}
 
 {{/* {root, full: a whole reference or "", name} */}}
@@ -78,7 +89,7 @@ enableServiceLinks: false
 {{- with .root.Values.images.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 securityContext:
@@ -103,7 +114,9 @@ tolerations:
 
 {{/* {fixed and own}: environment variables as a list; own ones win. */}}
 {{- define "stillhouse.env" -}}
-{{- range $name, $value := merge (dict) .own .fixed }}
+{{- $all := deepCopy .fixed -}}
+{{- range $name, $value := .own }}{{ $_ := set $all $name $value }}{{ end -}}{{/* not merge: 0 and "" count */}}
+{{- range $name, $value := $all }}
 - name: {{ $name }}
   value: {{ kindIs "string" $value | ternary $value (toJson $value) | quote }}
 {{- end }}

@@ -7,12 +7,12 @@ metadata:
   labels:
     {{- include "stillhouse.podLabels" (dict "root" .root "component" "run" "name" .name) | nindent 4 }}
 spec:
-  serviceAccountName: {{ $run.serviceAccountName | default $full }}
+  serviceAccountName: {{ $run.serviceAccountName | default $full | quote }}
   automountServiceAccountToken: false
   restartPolicy: Never
   {{- include "stillhouse.podBasics" (dict "root" .root "of" $run) | nindent 2 }}
   {{- with $run.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   # SIGTERM: it finishes its step and saves.
   terminationGracePeriodSeconds: {{ $run.saveSeconds | int }}
@@ -49,15 +49,16 @@ spec:
         - metrics_hold_s=60
         {{- if $run.tlsSecret }}
         - teacher.tls_ca=/etc/stillhouse/tls/ca.crt
+        {{- if not (or $run.tokenSecret $run.serviceAccountToken) }}
         - teacher.tls_certificate=/etc/stillhouse/tls/tls.crt
         - teacher.tls_key=/etc/stillhouse/tls/tls.key
+        {{- end }}
         {{- end }}
         {{- if or $run.tokenSecret $run.serviceAccountToken }}
         - teacher.token_file=/etc/stillhouse/token/token
         {{- end }}
       env:
-        # STILLHOUSE_STOP_S as long as the pod's grace: the kubelet is who ends what does not save in time.
-        {{- include "stillhouse.env" (dict "own" $run.env "fixed" (dict "HF_HUB_OFFLINE" "1" "STILLHOUSE_STOP_S" ($run.saveSeconds | int))) | trim | nindent 8 }}
+        {{- include "stillhouse.env" (dict "own" $run.env "fixed" (dict "HF_HUB_OFFLINE" "1")) | trim | nindent 8 }}
       ports:
         - name: metrics
           containerPort: 9465
@@ -95,11 +96,11 @@ spec:
         name: {{ $full }}
     - name: runs
       persistentVolumeClaim:
-        claimName: {{ $run.runsClaim }}
+        claimName: {{ $run.runsClaim | quote }}
     {{- if $run.modelsClaim }}
     - name: models
       persistentVolumeClaim:
-        claimName: {{ $run.modelsClaim }}
+        claimName: {{ $run.modelsClaim | quote }}
         readOnly: true
     {{- end }}
     - name: tmp
@@ -112,7 +113,7 @@ spec:
     {{- if $run.tlsSecret }}
     - name: tls
       secret:
-        secretName: {{ $run.tlsSecret }}
+        secretName: {{ $run.tlsSecret | quote }}
         optional: true
         defaultMode: 0440
     {{- end }}
@@ -122,13 +123,13 @@ spec:
         defaultMode: 0440
         sources:
           - serviceAccountToken:
-              audience: {{ $run.audience }}
+              audience: {{ $run.audience | quote }}
               expirationSeconds: 3600
               path: token
     {{- else if $run.tokenSecret }}
     - name: token
       secret:
-        secretName: {{ $run.tokenSecret }}
+        secretName: {{ $run.tokenSecret | quote }}
         optional: true
         defaultMode: 0440
     {{- end }}

@@ -14,10 +14,11 @@ spec:
   automountServiceAccountToken: {{ $values.access.tokenReview }}
   {{- include "stillhouse.podBasics" (dict "root" .root "of" $teacher) | nindent 2 }}
   {{- if or $teacher.priorityClassName $values.priorityClass.create }}
-  priorityClassName: {{ $teacher.priorityClassName | default (printf "%s-teacher" .root.Release.Name) }}
+  priorityClassName: {{ $teacher.priorityClassName | default (include "stillhouse.priorityClass" .root) | quote }}
   {{- end }}
   # preStop, the drain, and what ending takes.
   terminationGracePeriodSeconds: {{ add 5 (int $teacher.drainSeconds) 20 }}
+  {{- if eq (int $teacher.nodes) 1 }}
   topologySpreadConstraints:
     {{- range $key := list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
     - maxSkew: 1
@@ -27,6 +28,7 @@ spec:
         matchLabels:
           {{- include "stillhouse.selector" (dict "root" $.root "component" "teacher" "name" $.name) | nindent 10 }}
     {{- end }}
+  {{- end }}
   {{- if $teacher.model.repository }}
   initContainers:
     # Once: a directory that was downloaded whole is not looked up again, so the pool restarts without the hub.
@@ -43,11 +45,8 @@ spec:
       env:
         {{- include "stillhouse.env" (dict "own" $teacher.env "fixed" (dict "REPOSITORY" $teacher.model.repository "COMMIT" $teacher.model.commit "DIRECTORY" (include "stillhouse.modelPath" $teacher))) | trim | nindent 8 }}
         {{- if $teacher.tokenSecret }}
-        - name: HF_TOKEN
-          valueFrom:
-            secretKeyRef:
-              name: {{ $teacher.tokenSecret }}
-              key: token
+        - name: HF_TOKEN_PATH
+          value: /etc/stillhouse/hub/token
         {{- end }}
       {{- include "stillhouse.resources" (dict "cpu" $teacher.cpu "memory" $teacher.memory) | nindent 6 }}
       {{- include "stillhouse.containerSecurity" .root | nindent 6 }}
@@ -56,6 +55,11 @@ spec:
           mountPath: /models
         - name: tmp
           mountPath: /tmp
+        {{- if $teacher.tokenSecret }}
+        - name: hub
+          mountPath: /etc/stillhouse/hub
+          readOnly: true
+        {{- end }}
   {{- end }}
   containers:
     - name: teacher
@@ -121,11 +125,11 @@ spec:
     - name: models
       {{- if $teacher.model.claim }}
       persistentVolumeClaim:
-        claimName: {{ $teacher.model.claim }}
+        claimName: {{ $teacher.model.claim | quote }}
         readOnly: true
       {{- else if or $values.modelCache.claim $values.modelCache.size }}
       persistentVolumeClaim:
-        claimName: {{ $values.modelCache.claim | default (printf "%s-models" .root.Release.Name) }}
+        claimName: {{ $values.modelCache.claim | default (printf "%s-models" .root.Release.Name) | quote }}
       {{- else }}
       emptyDir: {}
       {{- end }}
@@ -139,14 +143,21 @@ spec:
     {{- if $values.tls.secret }}
     - name: tls
       secret:
-        secretName: {{ $values.tls.secret }}
+        secretName: {{ $values.tls.secret | quote }}
+        optional: true
+        defaultMode: 0440
+    {{- end }}
+    {{- if and $teacher.model.repository $teacher.tokenSecret }}
+    - name: hub
+      secret:
+        secretName: {{ $teacher.tokenSecret | quote }}
         optional: true
         defaultMode: 0440
     {{- end }}
     {{- if $values.access.secret }}
     - name: access
       secret:
-        secretName: {{ $values.access.secret }}
+        secretName: {{ $values.access.secret | quote }}
         optional: true
         defaultMode: 0440
     {{- else if $values.access.tenants }}
@@ -159,7 +170,7 @@ spec:
 {{- define "stillhouse.teacherArgs" -}}
 {{- $values := .root.Values -}}
 {{- $teacher := .teacher -}}
-- --model={{ include "stillhouse.modelPath" $teacher }}
+- {{ printf "--model=%s" (include "stillhouse.modelPath" $teacher) | quote }}
 - --name={{ .name }}
 - --engine={{ $teacher.engine }}
 - --listen={{ $values.listenAddress }}:50051
@@ -172,8 +183,17 @@ spec:
 {{- if $teacher.revision }}
 - --expect-revision={{ $teacher.revision }}
 {{- end }}
-{{- if and (eq $teacher.engine "vllm") (gt (int $teacher.gpus) 0) (not (hasKey $teacher.options "tensor-parallel-size")) }}
-- --tensor-parallel-size={{ mul (int $teacher.gpus) (int $teacher.nodes) }}
+{{- if and (eq $teacher.engine "vllm") (not (hasKey $teacher.options "tensor-parallel-size")) }}
+- --tensor-parallel-size={{ $teacher.gpus | int }}
+{{- end }}
+{{- if gt (int $teacher.nodes) 1 }}
+{{- if not (hasKey $teacher.options "pipeline-parallel-size") }}
+- --pipeline-parallel-size={{ $teacher.nodes | int }}
+{{- end }}
+- --nodes=$(LWS_GROUP_SIZE)
+- --node-rank=$(LWS_WORKER_INDEX)
+- --leader-address=$(LWS_LEADER_ADDRESS)
+- --nodes-wait-s={{ $teacher.loadSeconds | int }}
 {{- end }}
 {{- if $values.tls.secret }}
 - --tls-certificate=/etc/stillhouse/tls/tls.crt
@@ -189,7 +209,7 @@ spec:
 {{- end }}
 {{- if $values.access.tokenReview }}
 - --token-review
-- --token-audience={{ $values.access.audience }}
+- {{ printf "--token-audience=%s" $values.access.audience | quote }}
 {{- end }}
 {{- end }}
 {{- range $name, $value := $teacher.options }}
