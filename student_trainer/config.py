@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model, model_vali
 
 from student_trainer.objective_config import ConfigModel, Importance, ObjectiveConfig, merge
 from student_trainer.prompts import PromptsConfig
+from student_trainer.yaml_text import read_yaml
 from student_trainer.schedules import is_always_zero
 
 
@@ -486,7 +487,7 @@ def metrics_page(path: Path, overrides: list[str]) -> MetricsPage | None:
 def _read(path: Path, overrides: list[str]) -> dict[str, Any]:
     """What stands in `path`, with the overrides."""
     try:
-        data = yaml.safe_load(path.read_text())
+        data = read_yaml(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from error
     except yaml.YAMLError as error:
@@ -503,7 +504,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or not all(key.split(".")):
         raise ConfigError(f"override {text!r}: write key=value, for example optimizer.learning_rate=1e-5")
     try:
-        parsed: Any = yaml.safe_load(value)
+        parsed: Any = read_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: {value!r} is not YAML: {error}") from error
     for part in reversed(key.split(".")):

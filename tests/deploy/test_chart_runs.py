@@ -10,7 +10,6 @@ from student_trainer.cli import _parser as trainer_parser
 from student_trainer.config import load_config
 from tests.deploy.rendering import (
     container_of,
-    environment_of,
     of_kind,
     pod,
     render,
