@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field, ValidationError, create_model, model_vali
 
 from student_trainer.objective_config import ConfigModel, Importance, ObjectiveConfig, merge
 from student_trainer.prompts import PromptsConfig
-from student_trainer.yaml_text import read_yaml
 from student_trainer.schedules import is_always_zero
+from student_trainer.yaml_text import read_yaml
 
 
 class ConfigError(ValueError):
