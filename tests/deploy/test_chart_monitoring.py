@@ -1,6 +1,7 @@
 """What the chart gives to Prometheus and Grafana."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -31,10 +32,22 @@ def test_prometheus_scrapes_by_the_names_that_rules_and_dashboards_ask_by() -> N
         assert monitor["metadata"]["labels"]["a"] == "b"
         (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
         assert (endpoint["port"], endpoint["interval"]) == ("metrics", "30s")
-        assert endpoint["relabelings"] == [
+        by_name = [each for each in endpoint["relabelings"] if "regex" not in each]
+        assert by_name == [
             {"targetLabel": "job", "replacement": f"stillhouse-{component}"},
             {"sourceLabels": [f"__meta_kubernetes_pod_label_stillhouse_dev_{component}"], "targetLabel": component},
         ]
+
+
+def test_pods_that_follow_a_leader_are_no_servers_that_are_not_ready() -> None:
+    objects = render(MINIMAL | {"monitoring": {"podMonitors": True}})
+    (endpoint,) = of_kind(objects, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    first, follower, *_ = endpoint["relabelings"]
+    assert (first["targetLabel"], follower["targetLabel"]) == ("job", "job"), "the later one wins"
+    assert follower["sourceLabels"] == ["__meta_kubernetes_pod_label_leaderworkerset_sigs_k8s_io_worker_index"]
+    follows = [index for index in ("", "0", "1", "9", "10", "31") if re.fullmatch(follower["regex"], index)]
+    assert follows == ["1", "9", "10", "31"]
+    assert follower["replacement"] != first["replacement"]
 
 
 def test_a_release_of_runs_alone_watches_no_teachers() -> None:

@@ -93,6 +93,11 @@ class Group:
         return self.leader.process.wait(60), self.follower.process.wait(60)
 
 
+def free_port(address: str) -> int:
+    with socket.create_server((address, 0)) as server:
+        return server.getsockname()[1]
+
+
 @contextlib.contextmanager
 def node(directory: Path, *options: str, prefix: Sequence[str] = ()) -> Iterator[Node]:
     with tempfile.NamedTemporaryFile("w", suffix=".log") as log:
@@ -118,9 +123,7 @@ def group(
     """Both started, at once as a cluster would. layout: of LAYOUTS."""
     family, shape = LAYOUTS[layout]
     directory = save_model(tmp_path / family, family, **VLLM_SHAPE)
-    with socket.create_server((address, 0)) as server:
-        port = server.getsockname()[1]
-    common = (*shape, "--nodes", "2", "--leader-address", f"{address}:{port}")
+    common = (*shape, "--nodes", "2", "--leader-address", f"{address}:{free_port(address)}")
     with (
         node(directory, *common) as leader,
         node(directory, *common, "--node-rank", "1", prefix=prefix) as follower,
@@ -301,9 +304,10 @@ def test_a_node_that_is_killed_while_it_loads_ends_the_other(tmp_path: Path, vic
 def test_a_follower_that_never_comes_is_named_while_the_leader_waits(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", "qwen3", **VLLM_SHAPE)
     options = ("--tensor-parallel-size", "2", "--nodes", "2", "--nodes-wait-s", "2")
-    with node(directory, *options, "--leader-address", "127.0.0.1") as leader:
+    port = free_port("127.0.0.1")
+    with node(directory, *options, "--leader-address", f"127.0.0.1:{port}") as leader:
         wait_for(lambda: "waiting for nodes=1 of=2" in leader.log, START_S)
         assert leader.process.poll() is None
         assert leader.process.wait(60) == 3
         last = leader.log.splitlines()[-1]
-    assert last.startswith("teacher-server: error: of 2 nodes 1 did not come to port 29400 within 2 s")
+    assert last.startswith(f"teacher-server: error: of 2 nodes 1 did not come to port {port} within 2 s")
