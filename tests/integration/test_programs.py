@@ -17,6 +17,7 @@ import pytest
 import transformers
 
 from student_trainer.cli import main
+from tests.deploy.rendering import helm_3
 from tests.fakes import ROOT, FakeServer, child_environment
 from tests.models import reference_scores, save_model
 from tests.toy import ToyTeacher, save_student, write_config
@@ -298,7 +299,8 @@ def test_score_refuses_another_models_tokenizer(served, tmp_path, capsys):
 
 def _commands() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.split("#")[0].strip() for line in lines if line.strip()]
 
 
 def test_every_command_of_the_readme_exists():
@@ -323,6 +325,9 @@ def test_every_command_of_the_readme_exists():
                 timeout=60,
             )
             assert "--model 'DIR'" in done.stderr or "--model DIR" in done.stderr, done.stderr
+        elif words[:2] == ["helm", "install"]:
+            helm = [helm_3(), "template", *words[2:], "--kube-version", "1.34.0"]
+            subprocess.run(helm, cwd=ROOT, check=True, capture_output=True)
         else:
             assert words[:2] == ["pip", "install"], command
 
