@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from student_trainer.checkpoint import saved_steps
+from tests.chaos.pool_under_test import only_when_full
 from tests.fakes import ROOT, FakeServer, child_environment
 from tests.toy import ToyTeacher, write_config
 
@@ -129,7 +130,10 @@ def test_a_run_that_is_done_ends_every_launcher_with_0(teacher, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
 
 
-@pytest.mark.parametrize(("nodes", "told"), [(1, [0]), (2, [0]), (2, [1])])
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [(2, [1]), pytest.param(1, [0], marks=only_when_full), pytest.param(2, [0], marks=only_when_full)],
+)
 def test_stopped_on_any_node_the_run_is_saved_as_a_whole_and_every_launcher_says_so(teacher, tmp_path, nodes, told):
     config = write_config(tmp_path, teacher.address, steps=100_000)
     with launched(nodes, config, f"--stopped-status={STOPPED}") as launchers:
@@ -140,7 +144,7 @@ def test_stopped_on_any_node_the_run_is_saved_as_a_whole_and_every_launcher_says
     assert resumable(config)
 
 
-@pytest.mark.slow
+@only_when_full
 def test_a_worker_that_takes_its_time_to_end_is_not_killed(teacher, tmp_path):
     """torchelastic kills what is left 30 s after the first worker ended with another status than 0."""
     config = write_config(tmp_path, teacher.address, steps=100_000)
@@ -158,6 +162,7 @@ def slow_to_end_in_the_second_process(completion: str, answer: Any, entry: dict[
     return 1.0
 
 
+@only_when_full
 def test_stopped_with_the_default_status_no_launcher_waits_for_another(teacher, tmp_path):
     config = write_config(tmp_path, teacher.address, steps=100_000)
     with launched(2, config) as launchers:
@@ -180,6 +185,7 @@ def test_a_node_that_is_drained_while_the_others_wait_for_the_teacher_does_not_w
     assert resumable(config)
 
 
+@only_when_full
 def test_a_drain_before_there_is_a_teacher_stops_the_start_everywhere(tmp_path):
     config = write_config(tmp_path, "127.0.0.1:9")
     with launched(2, config, f"--stopped-status={STOPPED}", "teacher.start_deadline_s=7200") as launchers:
@@ -214,7 +220,7 @@ def test_a_configuration_that_is_refused_ends_with_2_and_every_log_says_why(teac
     assert all("each needs at least one prompt" in launcher.log for launcher in launchers)
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("nodes", [2, pytest.param(1, marks=only_when_full)])
 def test_a_verifier_that_raises_in_one_process_ends_every_launcher_with_1(teacher, tmp_path, nodes):
     config = write_config(tmp_path, teacher.address, steps=100_000)
     broken = "prompts.verifier.function=tests.integration.test_launch:broken_in_the_second_process"
@@ -230,7 +236,7 @@ def broken_in_the_second_process(completion: str, answer: Any, entry: dict[str, 
     return 1.0
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=only_when_full)])
 def test_a_process_that_is_killed_ends_its_own_launcher_with_its_signal_and_the_other_with_3(teacher, tmp_path, rank):
     config = write_config(tmp_path, teacher.address, steps=100_000)
     with launched(2, config, f"--stopped-status={STOPPED}") as launchers:
@@ -241,6 +247,7 @@ def test_a_process_that_is_killed_ends_its_own_launcher_with_its_signal_and_the_
         assert (victims.status(), others.status()) == (128 + signal.SIGKILL, 3), others.log
 
 
+@only_when_full
 def test_a_process_that_is_killed_beside_another_names_its_signal(teacher, tmp_path):
     config = write_config(tmp_path, teacher.address, steps=100_000)
     with launched(1, config) as (launcher,):
@@ -259,6 +266,7 @@ def test_a_node_that_vanishes_ends_the_other_with_3(teacher, tmp_path):
         assert other.status() == 3, other.log
 
 
+@only_when_full
 def test_restarts_are_for_what_was_lost_and_not_for_what_would_come_again(teacher, tmp_path):
     config = write_config(tmp_path, teacher.address, steps=100_000, checkpoints={"every_steps": 1})
     with launched(1, config, "--resume", f"--stopped-status={STOPPED}", options=("--max-restarts=3",)) as (launcher,):

@@ -28,7 +28,7 @@ from stillhouse.client import TeacherClient
 from stillhouse.codec import ScoreTask, encode_request
 from stillhouse.errors import Unavailable, from_rpc_error
 from stillhouse.v1 import teacher_pb2_grpc as pb_grpc
-from tests.chaos.pool_under_test import Namespace, tool
+from tests.chaos.pool_under_test import Namespace, only_when_full, tool
 from tests.models import VOCABULARY_SIZE, reference_scores, save_model
 from tests.servers import VLLM_SHAPE, environment, interpreter, vllm_arguments
 
@@ -226,6 +226,7 @@ def calls_in_flight(channel: grpc.Channel, workers: list[psutil.Process]) -> lis
     return calls
 
 
+@only_when_full
 def test_two_nodes_score_as_one_and_a_follower_that_is_asked_to_stop_drains_both(tmp_path: Path) -> None:
     with group(tmp_path) as it:
         ready, follows = it.leader.said("ready"), it.follower.said("follows")
@@ -277,6 +278,7 @@ def test_two_machines_score_as_one_and_a_follower_that_is_killed_ends_both(tmp_p
         assert last == "teacher-server: error: the vLLM engine died: node 1 of 2 is gone"
 
 
+@only_when_full
 def test_a_leader_that_is_killed_ends_its_follower(tmp_path: Path) -> None:
     with group(tmp_path) as it:
         it.leader.said("ready")
@@ -288,6 +290,7 @@ def test_a_leader_that_is_killed_ends_its_follower(tmp_path: Path) -> None:
         assert re.fullmatch(r"teacher-server: error: the leader at 127\.0\.0\.1:\d+ is gone", last)
 
 
+@only_when_full
 @pytest.mark.parametrize("victim", ["leader", "follower"])
 def test_a_node_that_is_killed_while_it_loads_ends_the_other(tmp_path: Path, victim: str) -> None:
     with group(tmp_path) as it:
@@ -301,6 +304,7 @@ def test_a_node_that_is_killed_while_it_loads_ends_the_other(tmp_path: Path, vic
         assert last.startswith("teacher-server: error: ") and last.endswith(" is gone")
 
 
+@only_when_full
 def test_a_follower_that_never_comes_is_named_while_the_leader_waits(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", "qwen3", **VLLM_SHAPE)
     options = ("--tensor-parallel-size", "2", "--nodes", "2", "--nodes-wait-s", "2")
