@@ -65,7 +65,7 @@ cluster-test: deps ## the chart on a real Kubernetes control plane, which is bui
 images: ## build the images of teacher, teacher-cpu and trainer (docs/images.md)
 	scripts/build_images.sh $(ARGS)
 
-image-test: .venv/development ## build the CPU images and run them; needs root (20 minutes)
+image-test: .venv/development ## build the CPU images and run them; needs root (5 to 15 minutes)
 	scripts/install_image_tools.sh
 	STILLHOUSE_IMAGES="$${STILLHOUSE_IMAGES:-teacher-cpu trainer-cpu}" $(BIN)/python -m pytest tests/deploy/test_built_images.py $(ARGS)
 

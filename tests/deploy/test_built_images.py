@@ -1,8 +1,8 @@
 """The CPU images, built by podman as anybody would build them, and run as Kubernetes would run them.
 
-`make image-test` runs this: it sets STILLHOUSE_IMAGES to the images to build. It needs root, and takes a quarter of an
-hour, 10 GB below the temporary directory and, while it runs, Debian's and Python's package archives. Afterwards nothing
-is left of it. STILLHOUSE_IMAGE_STORE=DIRECTORY keeps what was built there for the next time.
+`make image-test` runs this: it sets STILLHOUSE_IMAGES to the images to build. It needs root, and takes five to
+fifteen minutes, 10 GB below the temporary directory and Debian's and Python's package archives. Afterwards nothing is
+left of it. STILLHOUSE_IMAGE_STORE=DIRECTORY keeps what was built there for the next time.
 """
 
 import contextlib
