@@ -202,7 +202,7 @@ class TokenReview:
         except (OSError, http.client.HTTPException) as error:
             raise _NoAnswer(_cause(error)) from None
         if response.status not in (200, 201):
-            hint = "; let the pod's account create tokenreviews (as system:auth-delegator may)" if response.status == 403 else ""
+            hint = "; let the pod's account create tokenreviews" if response.status == 403 else ""
             raise _NoAnswer(f"HTTP status {response.status}{hint}")
         if len(data) > _MAX_RESPONSE_BYTES:
             raise _NoAnswer(f"an answer of more than {_MAX_RESPONSE_BYTES} bytes")
