@@ -287,9 +287,10 @@ class RawClient:
         return self.wait(stream)
 
     def reset(self, stream: int) -> None:
-        """Takes a call back."""
-        self.http2.reset_stream(stream, 8)
-        self._flush()
+        """Takes a call back, unless the server has ended it."""
+        with contextlib.suppress(StreamClosedError):
+            self.http2.reset_stream(stream, 8)
+            self._flush()
 
     def wait(self, stream: int) -> Stream:
         """Reads until the stream has ended."""

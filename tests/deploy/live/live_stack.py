@@ -380,7 +380,7 @@ def _change_rights(stack: LiveStack, tenants: Path) -> None:
         )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
     """The live stack, one for all tests that ask Prometheus."""
     with live_stack(tmp_path_factory.mktemp("live")) as running:

@@ -21,8 +21,8 @@ from stillhouse.codec import encode_array
 from stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
 from student_trainer import failures
 from teacher_server import start_failures
-from tests.deploy.live_stack import RULES, RUNS, TEACHERS, LiveStack, Program, wait_until
-from tests.deploy.test_dashboards import queries
+from tests.deploy.live.live_stack import RULES, RUNS, TEACHERS, LiveStack, Program, wait_until
+from tests.deploy.live.test_dashboards import queries
 
 pytestmark = pytest.mark.slow  # until the programs were seen at work; each test for itself takes no time
 

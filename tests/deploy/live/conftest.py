@@ -1,5 +1,5 @@
 """What the tests of the deployment share: see `live_stack`."""
 
-from tests.deploy.live_stack import stack
+from tests.deploy.live.live_stack import stack
 
 __all__ = ["stack"]

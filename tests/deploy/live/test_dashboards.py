@@ -14,7 +14,7 @@ import yaml
 
 from deploy.grafana.__main__ import DASHBOARDS, FOLDER
 from deploy.grafana.panels import text
-from tests.deploy.live_stack import RULES, RUNS, TEACHERS, LiveStack
+from tests.deploy.live.live_stack import RULES, RUNS, TEACHERS, LiveStack
 from tests.servers import ROOT
 
 # What Grafana gives for a data source with a scrape interval of 15 s, at a range of three hours.
