@@ -55,8 +55,8 @@ test: deps ## every test
 	$(BIN)/python -m pytest $(ARGS)
 
 chaos: deps ## the tests of faults, floods and long runs in their full form (an hour)
-	STILLHOUSE_CHAOS=full $(BIN)/python -m pytest tests/chaos tests/integration/test_launch.py \
-	  tests/integration/test_multi_node.py $(ARGS)
+	STILLHOUSE_CHAOS=full $(BIN)/python -m pytest tests/chaos \
+	  $(addprefix tests/integration/test_,envoy.py launch.py multi_node.py resume.py) $(ARGS)
 
 cluster-test: deps ## the chart on a real Kubernetes control plane, which is built first (10 minutes); needs root
 	scripts/build_kubernetes.sh

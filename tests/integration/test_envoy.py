@@ -14,6 +14,7 @@ from stillhouse.client import TeacherClient
 from stillhouse.codec import ScoreTask
 from stillhouse.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from tests.calls import QUICK, record_sleeps, score, submit, until
+from tests.chaos.pool_under_test import only_when_full
 from tests.fakes import ROOT, BigramTeacher, FakeServer
 
 
@@ -133,6 +134,7 @@ def test_the_deadline_passes_and_a_call_that_is_over_ends_on_the_server(
     until(lambda: sum(server.cancelled for server in servers) == 1)
 
 
+@only_when_full
 def test_a_call_longer_than_envoys_own_limit_is_left_alone(client: TeacherClient, servers: list[FakeServer]) -> None:
     for server in servers:
         server.delay_s = 17.0  # Envoy's default is 15 s

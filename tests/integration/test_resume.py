@@ -20,6 +20,7 @@ from student_trainer.checkpoint import saved_steps
 from student_trainer.config import ConfigError, StudentConfig, load_config
 from student_trainer.policy import CPU, load_model
 from student_trainer.train import train
+from tests.chaos.pool_under_test import only_when_full
 from tests.fakes import FakeServer, child_environment
 from tests.toy import ToyTeacher, save_student, write_config
 
@@ -143,7 +144,7 @@ def test_a_start_that_was_killed_before_it_wrote_anything_can_be_repeated(teache
     assert (tmp_path / "run" / "checkpoints" / "step-1").is_dir()
 
 
-@pytest.mark.parametrize("pause_s", [0.0, 0.02, 0.04])
+@pytest.mark.parametrize("pause_s", [0.0, pytest.param(0.02, marks=only_when_full), 0.04])
 def test_sigterm_saves_and_exits_0_and_the_run_goes_on_as_if_nothing_had_been(teacher, calm, tmp_path, pause_s):
     config = _config(tmp_path, teacher.address, checkpoints={"every_steps": 0})
     process = _start(config)
@@ -169,7 +170,7 @@ def test_ctrl_c_saves_too_and_says_so_by_its_exit_status(teacher, tmp_path):
     assert process.returncode == 130 and "stopped by SIGINT: saved" in error
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+@pytest.mark.parametrize("sharding", [pytest.param("none", marks=only_when_full), "fsdp2"])
 def test_two_processes_stop_together_and_resume_to_the_same_weights(teacher, tmp_path, sharding):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
