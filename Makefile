@@ -48,7 +48,7 @@ node_modules/installed: package.json
 
 deps: .venv/development .venv/test-tools .venv-vllm/installed .venv-checkov/installed node_modules/installed .venv-proto/bin/python ## install everything into .venv and node_modules
 
-demo: .venv/programs ## train a student against a served teacher, and by GRPO alone; compare (12 minutes)
+demo: .venv/programs ## train a student against a served teacher, and by GRPO alone; compare (two minutes)
 	$(BIN)/python examples/chain_sum/demo.py $(ARGS)
 
 test: deps ## every test
