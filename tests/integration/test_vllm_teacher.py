@@ -524,7 +524,7 @@ def cut_weights(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Refused:
-    """What a server is asked to serve and cannot, and what its last line must contain."""
+    """What a server is asked to serve and cannot, and what its last line must contain ({model}: the directory)."""
 
     says: tuple[str, ...]
     options: tuple[str, ...] = ()
@@ -539,14 +539,14 @@ CANNOT_BE_SERVED = {
         damage=lambda directory: edit_config(directory, architectures=["OakForCausalLM"]),
     ),
     "weights that lack a tensor": Refused(
-        ("cannot serve ", "layers.2"), damage=lambda directory: edit_config(directory, num_hidden_layers=3)
+        ("cannot serve {model}: ", "layers.2"), damage=lambda directory: edit_config(directory, num_hidden_layers=3)
     ),
-    "damaged weights": Refused(("cannot serve ", "afetensor"), damage=cut_weights),
+    "damaged weights": Refused(("cannot serve {model}: ", "afetensor"), damage=cut_weights),
     "more columns than the head has": Refused(
         ("--vocabulary-size 129", "128 rows"), ("--vocabulary-size", "129"), code=2
     ),
     "a vocabulary that the weights have not": Refused(
-        ("cannot serve ",), damage=lambda directory: edit_config(directory, vocab_size=160)
+        ("cannot serve {model}: ",), damage=lambda directory: edit_config(directory, vocab_size=160)
     ),
     "too little memory": Refused(("--kv-cache-bytes",), ("--kv-cache-bytes", str(2**15))),
     "an option that vLLM has not": Refused(("no engine argument colour",), ("--vllm-options", '{"colour": "red"}')),
@@ -564,24 +564,27 @@ CANNOT_BE_SERVED = {
 
 
 @pytest.fixture(scope="module")
-def refusals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ahead[str, tuple[int, str]]]:
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ahead[str, tuple[Path, int, str]]]:
     saved = {name: save_model(tmp_path_factory.mktemp("refused"), "llama", **VLLM_SHAPE) for name in CANNOT_BE_SERVED}
     for name, directory in saved.items():
         CANNOT_BE_SERVED[name].damage(directory)
 
-    def asked(name: str) -> tuple[int, str]:
-        return refused(saved[name], *CANNOT_BE_SERVED[name].options, **CANNOT_BE_SERVED[name].variables)
+    def asked(name: str) -> tuple[Path, int, str]:
+        case = CANNOT_BE_SERVED[name]
+        return saved[name], *refused(saved[name], *case.options, **case.variables)
 
     with Ahead(asked, list(CANNOT_BE_SERVED)) as results:
         yield results
 
 
 @pytest.mark.parametrize("name", CANNOT_BE_SERVED)
-def test_what_cannot_be_served_is_named_in_the_last_line(name: str, refusals: Ahead[str, tuple[int, str]]) -> None:
+def test_what_cannot_be_served_is_named_in_the_last_line(
+    name: str, refusals: Ahead[str, tuple[Path, int, str]]
+) -> None:
     case = CANNOT_BE_SERVED[name]
-    code, line = refusals.result(name)
+    model, code, line = refusals.result(name)
     assert line.startswith("teacher-server: error: ")
-    assert not [part for part in case.says if part not in line], line
+    assert not [part for part in case.says if part.replace("{model}", str(model)) not in line], line
     assert code == case.code
 
 

@@ -1,5 +1,14 @@
-"""What the tests of the deployment share: see `live_stack`."""
+"""What the tests of this folder share."""
 
-from tests.deploy.live.live_stack import stack
+from collections.abc import Iterator
 
-__all__ = ["stack"]
+import pytest
+
+from tests.deploy.live.live_stack import LiveStack, live_stack
+
+
+@pytest.fixture(scope="package")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
+    """The live stack, one for all tests that ask Prometheus, and none while others run: its callers never rest."""
+    with live_stack(tmp_path_factory.mktemp("live")) as running:
+        yield running

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import yaml
 
 from stillhouse.client import TeacherClient
@@ -378,10 +377,3 @@ def _change_rights(stack: LiveStack, tenants: Path) -> None:
             f"a change of {tenants} was not noticed by both servers ({name})",
             stack.prometheus,
         )
-
-
-@pytest.fixture(scope="package")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
-    """The live stack, one for all tests that ask Prometheus."""
-    with live_stack(tmp_path_factory.mktemp("live")) as running:
-        yield running
