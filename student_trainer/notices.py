@@ -79,7 +79,7 @@ class Notices:
         told = failed = False
         try:
             while not self._closed.wait(_LOOK_S):
-                if self._stop.signal is not None and not told:
+                if not told and self._stop.arrived():
                     self._store.set(_STOP, "")
                     told = True
                 if not self._stop.heard and self._store.check([_STOP]):

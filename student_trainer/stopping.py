@@ -6,7 +6,10 @@ nothing, since launchers send several. Of several processes one may be asked alo
 others hear of it (`student_trainer.notices`).
 """
 
+import contextlib
+import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +25,9 @@ class Interrupted(Stopped):
     """The same, by Ctrl-C."""
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 class StopRequest:
     """Asked to stop or not. In a `with` block of the main thread it listens to SIGTERM and SIGINT."""
 
@@ -30,10 +36,24 @@ class StopRequest:
         self.heard = False
         """Another process of the run was asked."""
         self._handlers: dict[int, Any] = {}
+        self._arrivals: tuple[socket.socket, socket.socket] | None = None
+        self._wakeup_before = -1
+        self._arrived = False
 
     def __call__(self) -> bool:
         """Whether to stop."""
         return self.signal is not None or self.heard
+
+    def arrived(self) -> bool:
+        """Whether a signal has come to this process; for one thread of it.
+
+        True at once, also while the main thread waits inside PyTorch for another process. `signal` is set later, since
+        Python runs a handler only when the main thread is back.
+        """
+        if self._arrivals is not None:
+            with contextlib.suppress(BlockingIOError):
+                self._arrived = any(number in _SIGNALS for number in self._arrivals[0].recv(4096)) or self._arrived
+        return self._arrived or self.signal is not None
 
     def wait(self, seconds: float) -> None:
         """Until a signal came to this process, or so many seconds have passed."""
@@ -50,7 +70,11 @@ class StopRequest:
     def listen(self) -> Self:
         """Listens from now on, in the main thread; not so in any other."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            self._arrivals = socket.socketpair()
+            for end in self._arrivals:
+                end.setblocking(False)
+            self._wakeup_before = signal.set_wakeup_fd(self._arrivals[1].fileno(), warn_on_full_buffer=False)
+            for number in _SIGNALS:
                 self._handlers[number] = signal.signal(number, self._ask)
         return self
 
@@ -62,12 +86,20 @@ class StopRequest:
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._arrivals is not None:
+            signal.set_wakeup_fd(self._wakeup_before)
+            for end in self._arrivals:
+                end.close()
+            self._arrivals = None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or signal.Signals(number)
 
+
+# A forked process has the same socket, and a signal to it is not one to this process.
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 Stopping = Callable[[], bool]
 """Asked between pieces of long work: True means to give it up."""

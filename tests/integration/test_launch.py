@@ -78,8 +78,13 @@ class Launcher:
 
 
 @contextlib.contextmanager
-def launched(nodes: int, config: Path, *arguments: str, options: tuple[str, ...] = ()) -> Iterator[list[Launcher]]:
-    """Two workers on one node or on two; whatever is left of them is killed at the end."""
+def launched(
+    nodes: int, config: Path, *arguments: str, options: tuple[str, ...] = (), of_each: tuple[str, ...] = ("", "")
+) -> Iterator[list[Launcher]]:
+    """Two workers on one node or on two; whatever is left of them is killed at the end.
+
+    of_each: an argument of each of two nodes.
+    """
     if nodes == 1:
         launchers = [Launcher(["--standalone", "--nproc-per-node=2", *options], config, *arguments)]
     else:
@@ -88,7 +93,10 @@ def launched(nodes: int, config: Path, *arguments: str, options: tuple[str, ...]
             port = free.getsockname()[1]
         meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
         meeting += ["--rdzv-id=test", *options]
-        launchers = [Launcher(meeting, config, *arguments, name=f"node-{index}") for index in range(2)]
+        launchers = [
+            Launcher(meeting, config, *arguments, *filter(None, [own]), name=f"node-{index}")
+            for index, own in enumerate(of_each)
+        ]
     try:
         yield launchers
     finally:
@@ -172,15 +180,21 @@ def test_stopped_with_the_default_status_no_launcher_waits_for_another(teacher, 
     assert resumable(config)
 
 
-def test_a_node_that_is_drained_while_the_others_wait_for_the_teacher_does_not_wait_with_them(tmp_path):
-    """The outage would last for two hours, and only one of the two processes is told to stop."""
-    with FakeServer(ToyTeacher()) as server:
-        config = write_config(tmp_path, server.address, steps=100_000)
-        with launched(2, config, f"--stopped-status={STOPPED}", "checkpoints.every_steps=1") as launchers:
+@pytest.mark.parametrize("told", [0, 1], ids=["that has its scores", "that waits for the teacher"])
+def test_a_node_that_is_drained_in_an_outage_of_the_teachers_does_not_wait_for_its_end(tmp_path, told):
+    """The outage would last for two hours, and only one of the two processes is told to stop.
+
+    The other node's teacher is gone, so the first process waits in a meeting, where PyTorch runs no signal handler.
+    """
+    with FakeServer(ToyTeacher()) as teacher, FakeServer(ToyTeacher()) as lost:
+        config = write_config(tmp_path, teacher.address, steps=100_000, checkpoints={"every_steps": 1})
+        addresses = tuple(f"teacher.addresses=[{server.address}]" for server in (teacher, lost))
+        with launched(2, config, f"--stopped-status={STOPPED}", of_each=addresses) as launchers:
             wait_for_step(config, 3, launchers)
-            server.stop()
-            until(lambda: all("the run waits (up to 7200 s)" in launcher.log for launcher in launchers), launchers)
-            launchers[0].process.terminate()
+            lost.stop()
+            until(lambda: "the run waits (up to 7200 s)" in launchers[1].log, launchers)
+            assert "the run waits" not in launchers[0].log
+            launchers[told].process.terminate()
             assert [launcher.status() for launcher in launchers] == [STOPPED] * 2, launchers[0].log
     assert resumable(config)
 

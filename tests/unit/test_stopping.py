@@ -41,6 +41,18 @@ def test_hearing_of_it_is_being_asked_but_ends_no_wait_for_a_signal_to_this_proc
         assert str(stop.outcome()) == "stopped by SIGTERM"
 
 
+def test_a_signal_to_a_forked_process_is_not_one_to_this_process():
+    with StopRequest() as stop:
+        if (child := os.fork()) == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0 if stop() else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert not stop.arrived()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.arrived()
+    assert signal.set_wakeup_fd(-1) == -1
+
+
 def test_outside_of_the_main_thread_signals_are_left_alone():
     before = signal.getsignal(signal.SIGTERM)
     seen = []
