@@ -1,15 +1,17 @@
-"""What a process of a run tells the others outside of their meetings: that it was asked to stop, and what it failed of.
+"""What a process of a run says outside of the meetings: that it was asked to stop, what it failed of, that it waits.
 
 A meeting is too late for both. A process that is asked to stop (its node is drained) while another waits out an
 outage of the teachers would wait with it; and a process that fails where no meeting checks leaves the others in theirs.
 Notices lie in the store through which torch.distributed found its processes. A thread of each process looks there,
-on a connection of its own.
+on a connection of its own; it also says how long the process has waited in a meeting.
 """
 
 import dataclasses
 import datetime
 import json
+import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ from student_trainer.processes import PeerFailed, Processes
 from student_trainer.stopping import StopRequest
 
 _LOOK_S = 0.5
+_TELL_S = 10.0
 _STORE_TIMEOUT_S = 10.0
 _STOP, _FAILURE = "stillhouse/stop", "stillhouse/failure"
 
@@ -37,7 +40,9 @@ class Notices:
         self._closed = threading.Event()
         if processes.count == 1:
             return
+        self._processes = processes
         self._rank, self._count = processes.rank, processes.count
+        self._told_wait_s = 0.0
         # Not the store itself: who waits in it for another process keeps every other thread out.
         shared: Any = dist.distributed_c10d._get_default_store()
         self._store = shared.clone()
@@ -79,6 +84,7 @@ class Notices:
         told = failed = False
         try:
             while not self._closed.wait(_LOOK_S):
+                self._tell_wait()
                 if not told and self._stop.arrived():
                     self._store.set(_STOP, "")
                     told = True
@@ -89,6 +95,12 @@ class Notices:
                     self._on_failure(found[1])
         except RuntimeError:  # the store is gone: then the run is, too, and its meetings say so
             return
+
+    def _tell_wait(self) -> None:
+        since_s, now_s = self._processes.meeting_since_s, time.monotonic()
+        if since_s is not None and now_s - max(since_s, self._told_wait_s) >= _TELL_S:
+            self._told_wait_s = now_s
+            print(f"waiting for the other processes of the run, {now_s - since_s:.0f} s", file=sys.stderr, flush=True)
 
     def _read(self) -> tuple[int, Failure] | None:
         if not self._store.check([_FAILURE]):

@@ -7,6 +7,7 @@ so a meeting never waits for a device, and one that only waits for a slow teache
 
 import contextlib
 import datetime
+import time
 from collections.abc import Generator
 from typing import Any
 
@@ -36,6 +37,8 @@ class Processes:
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.count = dist.get_world_size() if together else 1
+        self.meeting_since_s: float | None = None
+        """Since when this process waits for the others (time.monotonic); None: it does not."""
         timeout = datetime.timedelta(seconds=meeting_timeout_s)
         # One for the loop, one for whoever saves in the background: their meetings must not meet each other.
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.count > 1 else None
@@ -51,7 +54,11 @@ class Processes:
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value, group=self._group)
+        self.meeting_since_s = time.monotonic()
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        finally:
+            self.meeting_since_s = None
         return values
 
     def any(self, flag: bool) -> bool:

@@ -193,6 +193,7 @@ def test_a_node_that_is_drained_in_an_outage_of_the_teachers_does_not_wait_for_i
             wait_for_step(config, 3, launchers)
             lost.stop()
             until(lambda: "the run waits (up to 7200 s)" in launchers[1].log, launchers)
+            until(lambda: "waiting for the other processes of the run, 1" in launchers[0].log, launchers)
             assert "the run waits" not in launchers[0].log
             launchers[told].process.terminate()
             assert [launcher.status() for launcher in launchers] == [STOPPED] * 2, launchers[0].log
