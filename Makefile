@@ -1,6 +1,9 @@
 # Two commands to know: `make demo` (the main job, on a laptop) and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# A slow or broken download is begun again.
+export PIP_DEFAULT_TIMEOUT ?= 120
+export PIP_RETRIES ?= 10
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help deps demo test chaos cluster-test images image-test lint types bench protos render clean
@@ -31,7 +34,7 @@ node_modules/installed: package.json
 	npm install --no-audit --no-fund --no-package-lock --loglevel=error
 	@touch $@
 
-.venv-proto/bin/python: scripts/generate_protos.sh
+.venv-proto/installed: scripts/generate_protos.sh
 	scripts/generate_protos.sh
 	@touch $@
 
@@ -46,7 +49,7 @@ node_modules/installed: package.json
 	.venv-checkov/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-checkov.txt
 	@touch $@
 
-deps: .venv/development .venv/test-tools .venv-vllm/installed .venv-checkov/installed node_modules/installed .venv-proto/bin/python ## install everything into .venv and node_modules
+deps: .venv/development .venv/test-tools .venv-vllm/installed .venv-checkov/installed node_modules/installed .venv-proto/installed ## install everything into .venv and node_modules
 
 demo: .venv/programs ## train a student against a served teacher, and by GRPO alone; compare (two minutes)
 	$(BIN)/python examples/chain_sum/demo.py $(ARGS)

@@ -25,6 +25,7 @@ if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 install() { # no daemon is started: tests start their own
-  RUNLEVEL=1 apt-get install --quiet --quiet --yes --no-install-recommends "${missing[@]}"
+  RUNLEVEL=1 apt-get "${patient[@]}" install --quiet --quiet --yes --no-install-recommends "${missing[@]}"
 }
-install || { apt-get update --quiet --quiet && install; }
+patient=(-o Acquire::Retries=5 -o DPkg::Lock::Timeout=120)
+install || { apt-get "${patient[@]}" update --quiet --quiet && install; }

@@ -120,8 +120,10 @@ class Namespace:
     def names(self, addresses: dict[str, Sequence[str]]) -> None:
         """What the resolver inside says from now on."""
         lines = [f"{address} {name}\n" for name, all_of_it in addresses.items() for address in all_of_it]
-        # In place: processes inside have this very file mounted.
-        self._hosts.write_text("127.0.0.1 localhost\n" + "".join(lines))
+        # In place, since processes inside have this very file mounted, and never empty: the end goes last.
+        with self._hosts.open("r+" if self._hosts.exists() else "w") as file:
+            file.write("127.0.0.1 localhost\n" + "".join(lines))
+            file.truncate()
 
     def filter(self, *rules: str) -> None:
         """Packets that come in are treated by these rules of nft from now on, and by no others."""

@@ -53,7 +53,7 @@ class Container:
         self.exit_code: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._killed = False
-        self._stopping = threading.Lock()
+        self._starting, self._stopping = threading.Lock(), threading.Lock()
 
     @property
     def running(self) -> bool:
@@ -116,7 +116,9 @@ class Container:
             **{"variables": variables, "volumes": around.references.volumes, "message": message, "work": work},
         )
         self._killed = False
-        with log.open("wb") as file:
+        with self._starting, log.open("wb") as file:
+            if around.deleting.is_set():
+                return
             self._process = subprocess.Popen(words, env=variables, cwd="/", stdout=file, stderr=subprocess.STDOUT)
         while self.running and not self._inside():
             time.sleep(0.005)
@@ -156,8 +158,9 @@ class Container:
     def signal(self, number: int) -> None:
         """Sends it to the program, from outside."""
         with contextlib.suppress(IndexError, ProcessLookupError, psutil.Error):
-            os.kill(self.pid, number)
+            pid = self.pid
             self._killed |= number == signal.SIGKILL
+            os.kill(pid, number)
 
     # Probes
 
@@ -216,8 +219,9 @@ class Container:
     def stop(self, grace_s: float) -> None:
         """preStop, SIGTERM, and SIGKILL when the grace is over; returns when it has ended."""
         with self._stopping:
-            if not self.running:
-                return
+            with self._starting:
+                if not self.running:
+                    return
             assert self._process is not None
             end_s = time.monotonic() + grace_s
             if grace_s:
@@ -225,11 +229,12 @@ class Container:
                 self.signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(max(2.0, end_s - time.monotonic()))
-            if self.running:
-                if grace_s:
-                    self._around.event(f"Killed: {self.name} did not end within {grace_s:g} s")
+            if self.running and grace_s:
+                self._around.event(f"Killed: {self.name} did not end within {grace_s:g} s")
+            while self.running:  # it may not be the program yet
                 self.signal(signal.SIGKILL)
-                self._process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(0.1)
 
     def _run_hook(self, grace_s: float) -> None:
         match self.spec.get("lifecycle", {}).get("preStop"):

@@ -111,7 +111,7 @@ class PodProcess:
             "containerStatuses": [container.status(self._waits) for container in self.containers],
         }
 
-    def wait_for(self, condition: Callable[[], Any], what: str = "the condition", within_s: float = 120.0) -> None:
+    def wait_for(self, condition: Callable[[], Any], what: str = "the condition", within_s: float = 300.0) -> None:
         """Returns once `condition()` holds; fails with the pod's log when it does not in time."""
         end_s = time.monotonic() + within_s
         while not condition():

@@ -1,5 +1,6 @@
 """Log lines: one a call, whatever a caller sends."""
 
+import http.client
 import json
 import logging
 import socket
@@ -11,6 +12,7 @@ import pytest
 
 from teacher_server import logs
 from teacher_server.metrics import Metrics
+from tests.calls import until
 
 HOSTILE = ["a\nb", "a\r\nERROR x", "code=OK", 'say "hi"', "it's", "", "\x1b[31mred", "\u2028", "\u202e", "a\0b", "a b"]
 
@@ -93,6 +95,13 @@ def test_a_scraper_that_says_nothing_is_let_go_and_others_are_answered(monkeypat
     port, stop = Metrics().listen("127.0.0.1", 0)
     with socket.create_connection(("127.0.0.1", port), timeout=20) as silent:
         assert silent.recv(1) == b""  # closed by the server
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as page:
-            assert b"stillhouse_teacher_requests_in_flight" in page.read()
+
+        def answered() -> bool:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as page:
+                    return b"stillhouse_teacher_requests_in_flight" in page.read()
+            except (OSError, http.client.HTTPException):  # this process was too slow to ask
+                return False
+
+        until(answered)
     stop()
