@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status, of which `student_trainer.failures` has the list."""
+    try:
+        return _main(arguments)
+    finally:
+        if arguments is None:
+            # Python takes its handlers away before it has ended, and a signal would then be the status.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _main(arguments: list[str] | None) -> int:
     # Threads that wait leave their cores to the other processes; set before torch reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = sys.argv[1:] if arguments is None else arguments
@@ -33,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         stop = StopRequest()
         if options.command == "train":
-            # As a program it listens to its very end: a signal to one that is about to end changes nothing.
+            # As a program it listens to the end: a signal to one that is about to end changes nothing.
             stop = stop.listen() if arguments is None else stack.enter_context(stop)
         try:
             return _dispatch(options, stop)

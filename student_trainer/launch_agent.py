@@ -8,6 +8,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from student_trainer.failures import FAILED, LOST, REFUSED
+from student_trainer.stopping import SIGNALS
 
 
 class Agent(LocalElasticAgent):
@@ -39,7 +40,12 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._starting = True
-        started = super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]  # a decorator without types
+        # A worker that cannot listen yet would die of a signal; it begins with them blocked, and looks when it can.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            started = super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]  # no types
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.began, self._starting = True, False
         if self._told is not None:
             self.tell(self._told)

@@ -132,7 +132,8 @@ class Scorer:
         heartbeat = Heartbeat("waiting for the teacher's scores", len(futures))
         results: list[Scores | StillhouseError | None] = [None] * len(futures)
         pending = {future: index for index, future in enumerate(futures)}
-        tries: Counter[int] = Counter()
+        too_late: Counter[int] = Counter()
+        failed: set[int] = set()  # by the engine or on the way, once
         answers, answered_s = 0, time.monotonic()  # calls that ended in an answer, be it an error, and when the last
         late_since: dict[int, int] = {}  # answers there were when a call was first too late
         retries, away = self.retries, None
@@ -149,20 +150,21 @@ class Scorer:
                 for future in done:
                     index = pending.pop(future)
                     error = future.exception()
-                    tries[index] += 1
                     if error is None:
                         results[index] = self._noted(future.result())
                     elif not isinstance(error, StillhouseError) or isinstance(error, _CHANGED):
                         raise error
                     elif isinstance(error, DeadlineExceeded):
                         # Too late again and again while others are answered: it is this sequence, not the pool.
-                        if answers > late_since.setdefault(index, answers) and tries[index] >= _TRIES_TOO_LATE:
+                        too_late[index] += 1
+                        if answers > late_since.setdefault(index, answers) and too_late[index] >= _TRIES_TOO_LATE:
                             results[index] = error
                     elif isinstance(error, _REFUSED):
                         away = error
                         refused.append(index)
                         continue
-                    elif isinstance(error, _WORTH_ANOTHER_TRY) and tries[index] == 1:
+                    elif isinstance(error, _WORTH_ANOTHER_TRY) and index not in failed:
+                        failed.add(index)
                         pending[self.submit(rollouts[index])] = index
                         continue
                     elif not error.retryable:

@@ -25,7 +25,8 @@ class Interrupted(Stopped):
     """The same, by Ctrl-C."""
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""Those that ask."""
 
 
 class StopRequest:
@@ -52,7 +53,7 @@ class StopRequest:
         """
         if self._arrivals is not None:
             with contextlib.suppress(BlockingIOError):
-                self._arrived = any(number in _SIGNALS for number in self._arrivals[0].recv(4096)) or self._arrived
+                self._arrived = any(number in SIGNALS for number in self._arrivals[0].recv(4096)) or self._arrived
         return self._arrived or self.signal is not None
 
     def wait(self, seconds: float) -> None:
@@ -74,8 +75,9 @@ class StopRequest:
             for end in self._arrivals:
                 end.setblocking(False)
             self._wakeup_before = signal.set_wakeup_fd(self._arrivals[1].fileno(), warn_on_full_buffer=False)
-            for number in _SIGNALS:
+            for number in SIGNALS:
                 self._handlers[number] = signal.signal(number, self._ask)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # as a launcher may have left them
         return self
 
     def __enter__(self) -> Self:

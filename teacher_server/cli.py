@@ -91,11 +91,7 @@ def _failed(options: Options, pages: "Pages | None", error: Exception) -> int:
         except (ValueError, OverflowError) as closed:
             logger.error("not held: %s", closed)  # there is nobody who could look
         else:
-            pages.metrics.start_failed(failure.reason)
-            logger.info(
-                "held: reason=%s seconds=%g exit_code=%d", failure.reason, options.hold_failed_s, failure.exit_code
-            )
-            _hold(options.hold_failed_s)
+            _hold(failure, pages, options.hold_failed_s)
             pages.close()
     return _end(options, failure)
 
@@ -135,18 +131,25 @@ class _Signalled(BaseException):
     pass
 
 
-def _hold(seconds: float) -> None:
-    """Waits so long, or until a signal."""
+def _hold(failure: StartFailure, pages: "Pages", seconds: float) -> None:
+    """Shows the failure for so long, or until a signal."""
 
     def stop(number: int, frame: Any) -> None:
-        for each in _SIGNALS:  # launchers often pass one signal on twice
-            signal.signal(each, signal.SIG_IGN)
+        ignore()  # launchers often pass one signal on twice
         raise _Signalled
 
+    def ignore() -> None:
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+
     try:
+        # Before anybody can see that it failed: a signal from then on ends it with the failure's code and line.
         for number in _SIGNALS:
             signal.signal(number, stop)
+        pages.metrics.start_failed(failure.reason)
+        logger.info("held: reason=%s seconds=%g exit_code=%d", failure.reason, seconds, failure.exit_code)
         time.sleep(seconds)
+        ignore()  # it ends anyway, with its last line
     except _Signalled:
         pass
 

@@ -203,9 +203,9 @@ class FakeServer:
         self._loop.call_soon_threadsafe(self._released.set)
 
     def wait_for(self, condition: Callable[[Self], bool]) -> None:
-        """Returns once `condition(self)` holds; fails the test after 20 s."""
+        """Returns once `condition(self)` holds; fails the test after 100 s."""
         with self._changed:
-            assert self._changed.wait_for(lambda: condition(self), timeout=20.0), "the condition never held"
+            assert self._changed.wait_for(lambda: condition(self), timeout=100.0), "the condition never held"
 
     def stop(self) -> None:
         """Ends the server at once: calls in flight are dropped, the port is closed. Twice does nothing."""

@@ -83,7 +83,7 @@ def write_config(folder: Path, address: str | None, **changes: Any) -> Path:
         "run_dir": str(folder / "run"),
         "steps": 10,
         "student": {"model": str(folder / "student"), "device": "cpu"},
-        "teacher": {"addresses": [address], "top_k": 6, "candidates": 3, "start_deadline_s": 5.0, "deadline_s": 10.0},
+        "teacher": {"addresses": [address], "top_k": 6, "candidates": 3, "start_deadline_s": 60.0, "deadline_s": 10.0},
         "prompts": {
             "source": "jsonl",
             "path": str(folder / "prompts.jsonl"),

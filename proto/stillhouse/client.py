@@ -174,11 +174,20 @@ class AsyncTeacherClient:
         """Runs `work` as a task that `close` can cancel without cancelling the caller's own."""
         if self._closed:
             raise RuntimeError("the client is closed; make a new one")
-        call = asyncio.create_task(work())
+        begun = False
+
+        async def begin() -> T:
+            nonlocal begun
+            begun = True
+            return await work()
+
+        call = asyncio.create_task(begin())
         self._calls.add(call)
         try:
             return await call
         except asyncio.CancelledError:
+            if not begun:  # cancelled before its first step: nothing else counts it
+                self.stats.cancelled += 1
             caller = asyncio.current_task()
             if self._closed and not (caller and caller.cancelling()):
                 raise Cancelled("the client was closed while the call waited") from None

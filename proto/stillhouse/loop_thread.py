@@ -6,6 +6,7 @@ ends: with the coroutine's result, its exception, or, when the loop stops first,
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -42,11 +43,14 @@ class LoopThread:
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("a callback of the client must not wait for the client; use another thread")
-        future = self.submit(work)
         try:
-            return future.result()
-        finally:
-            future.cancel()  # does nothing to a future that is done
+            return self.submit(work).result()
+        except BaseException:
+            # Not by the future: an interrupt may come before `submit` has returned it.
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and what ran on it has ended
+                if self._thread.is_alive():
+                    self._loop.call_soon_threadsafe(_cancel, work)
+            raise
 
     def stop(self, last: Callable[[], Coroutine[Any, Any, None]], *, join: bool = True) -> None:
         """Runs `last`, cancels what still runs, ends the thread. Further calls only wait for that."""
@@ -60,6 +64,13 @@ class LoopThread:
             self._thread.join()
             if self._end is not None:
                 self._end.result()  # raises what `last` raised
+
+
+def _cancel(work: Coroutine[Any, Any, Any]) -> None:
+    """Does nothing to work that is done."""
+    for task in asyncio.all_tasks():
+        if task.get_coro() is work:
+            task.cancel()
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -23,6 +23,7 @@ from tests.chaos.pool_under_test import (
     Load,
     Namespace,
     PoolServer,
+    figure,
     more_when_full,
     only_when_full,
     running,
@@ -312,7 +313,7 @@ def test_a_wall_clock_that_jumps_by_an_hour_costs_no_answer(tmp_path: Path, whos
     say(whose=whose, usual_s=usual_s, slowest_s=slowest_s)
     report.check_exactly_once()
     assert not report.retries
-    assert report.longest_gap_s() < 5.0
+    assert report.longest_gap_s() < figure(5.0, 30.0)
 
 
 def test_a_full_disk_under_the_archive_costs_no_answer(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_server_that_hangs_holds_no_sequence_for_longer_than_fifteen_seconds()
         load.more(BEFORE)
         servers[0].pause()
         paused_s = time.monotonic()
-        load.go_on_for(more_when_full(15.5, 60.0))
+        load.go_on_for(more_when_full(25.0, 60.0))  # longer than the bound below: who waits for the server is too late
         servers[0].resume()
         load.more(BEFORE)
         report = told(load.stop())
@@ -90,7 +90,7 @@ def test_a_server_that_joins_a_name_is_used_within_fifteen_seconds() -> None:
                 joined_s = time.monotonic()
                 while not scored_tokens(network, second):
                     load.go_on_for(0.2)
-                    assert time.monotonic() - joined_s < 15.0, "the server that joined is not used"
+                    assert time.monotonic() - joined_s < figure(15.0, 60.0), "the server that joined is not used"
                 used_s = time.monotonic() - joined_s
                 load.more(BEFORE)
                 report = told(load.stop())
@@ -107,25 +107,36 @@ def scored_tokens(network: Namespace, server: PoolServer) -> bool:
 
 
 def test_a_server_that_is_five_times_slower_than_another_takes_little_of_the_load() -> None:
-    """At least 2.5 times the tokens a second of taking turns.
+    """At least 2.5 times the tokens a second of taking turns, and less than a third of the work.
 
-    Turns go at twice the speed of the slow one, 2/5; together the two can do 1 + 1/5: three times would be all.
+    Turns go at twice the speed of the slow one, 2/5; together the two can do 1 + 1/5: three times would be all. Of the
+    work the slow one gets a half in turns and would get a sixth at best; a machine that pauses changes nothing of that.
     """
     measured: dict[str, float] = {}
+    shares: dict[str, float] = {}
     fast = PoolServer(*FAST, prefix=goes_first())
     slow = PoolServer(*FAST, "--slow-factor", "5", prefix=goes_first())
     with running([fast, slow]) as servers:
         for balancing in ("round_robin", "least_expected_wait"):
             plan = {"clients": 2, "in_flight": 16, "options": {"balancing": balancing}}
             with Load(servers, prefix=goes_first(), **plan) as load:
-                load.more(BEFORE)
-                load.go_on_for(more_when_full(1.5, 10.0))  # until queues and measurements are what they will be
-                from_s = time.monotonic()
-                load.go_on_for(more_when_full(3.0, 60.0))
-                to_s = time.monotonic()
+                load.more(int(more_when_full(100, 300)))  # until queues and measurements are what they will be
+                from_s, before = time.monotonic(), [tokens_scored_by(server) for server in (fast, slow)]
+                load.more(int(more_when_full(120, 1400)), within_s=120.0)
+                to_s, after = time.monotonic(), [tokens_scored_by(server) for server in (fast, slow)]
                 report = load.stop()
             report.check_exactly_once()
             measured[balancing] = report.tokens_per_s(from_s, to_s)
+            by_fast, by_slow = (late - early for early, late in zip(before, after, strict=True))
+            shares[balancing] = by_slow / (by_fast + by_slow)
     ratio = measured["least_expected_wait"] / measured["round_robin"]
-    say(**measured, ratio=ratio)
-    assert ratio >= figure(2.5, 1.5)
+    say(**measured, ratio=ratio, share_in_turns=shares["round_robin"], share=shares["least_expected_wait"])
+    assert shares["round_robin"] > 0.4  # else there was nothing to do better
+    assert shares["least_expected_wait"] < 1 / 3
+    if FULL:
+        assert ratio >= 2.5
+
+
+def tokens_scored_by(server: PoolServer) -> float:
+    series = "stillhouse_teacher_scored_tokens_total{"
+    return sum(float(line.split()[-1]) for line in server.metrics.splitlines() if line.startswith(series))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillhouse.client import TeacherClient
+from stillhouse.client import Backoff, TeacherClient
 from stillhouse.errors import Overloaded
 from tests.chaos.load import Report
 from tests.chaos.pool_under_test import (
@@ -82,7 +82,8 @@ def test_a_quiet_tenant_keeps_its_p99_while_a_neighbour_floods(tmp_path: Path) -
     flood like anybody: in its first second it would be the quiet tenant that waits.
 
     The p99 is taken over three bursts at a time, and the median of that over the run: so one moment in which this
-    machine was busy with something else does not decide.
+    machine was busy with something else does not decide. The short form has too few bursts for that; it counts instead
+    of measuring: in turn the flood would get thirty times what the quiet tenant gets.
     """
     tenants = Tenants(tmp_path)
     every_s = 1.0
@@ -95,12 +96,16 @@ def test_a_quiet_tenant_keeps_its_p99_while_a_neighbour_floods(tmp_path: Path) -
                 quiet.more(2 * BURST)
                 from_s = time.monotonic()
                 served = flood.answered
-                quiet.go_on_for(bursts * every_s)
+                quiet.more(bursts * BURST, within_s=150.0)
                 served = flood.answered - served
                 report = quiet.stop()
-        flooded = p99s(report, every_s, from_s, bursts)
         report.check_exactly_once()
         assert not report.retries
+        assert 10 * bursts < served  # the flood was there all the time
+        assert served < 10 * bursts * BURST
+        if not FULL:
+            return
+        flooded = p99s(report, every_s, from_s, bursts)
         with tenants.load(server, "quiet", burst=BURST, every_s=every_s, seed=1) as quiet:
             quiet.more(2 * BURST)
             from_s = time.monotonic()
@@ -110,8 +115,7 @@ def test_a_quiet_tenant_keeps_its_p99_while_a_neighbour_floods(tmp_path: Path) -
     ratio = float(np.median(flooded) / np.median(alone))
     say(alone_p99_s=float(np.median(alone)), flooded_p99_s=float(np.median(flooded)), ratio=ratio)
     say(worst_p99_s=max(flooded), flood_served=str(served))
-    assert served > 10 * bursts  # the flood was there all the time
-    assert ratio <= figure(1.25, 2.0)
+    assert ratio <= 1.25
 
 
 def test_a_queue_that_a_flood_fills_refuses_the_flood_and_not_the_quiet_tenant(tmp_path: Path) -> None:
@@ -152,10 +156,16 @@ def test_a_quota_of_tokens_holds_over_time_and_costs_the_other_tenant_nothing(tm
     of_limited.check_exactly_once()
     of_free.check_exactly_once()
     assert of_limited.retries["QUOTA_EXCEEDED"] > 0
-    # A sequence or two more or less are in a few seconds; and who waits for the bucket comes a little late.
-    assert 0.5 * 6000 < rate < 6000 + 2200 / (to_s - from_s)
     assert not of_free.retries
-    assert of_free.tokens_per_s(from_s, to_s) > 1.5 * rate
+    # At no moment was there more than the full bucket and what ran into it since; the last sequence may overdraw it.
+    started_s = min(sent_s for sent_s, _, _ in of_limited.replies)
+    answered = np.cumsum([tokens for _, _, tokens in of_limited.replies])
+    allowed = [6000 + 6000 * (end_s - started_s) + 1100 for _, end_s, _ in of_limited.replies]
+    assert (answered <= allowed).all()
+    if FULL:  # what was not done while this machine paused is not made up for
+        # A sequence or two more or less; and who waits for the bucket comes a little late.
+        assert 0.5 * 6000 < rate < 6000 + 2200 / (to_s - from_s)
+        assert of_free.tokens_per_s(from_s, to_s) > 1.5 * rate
 
 
 @only_when_full
@@ -189,10 +199,12 @@ def test_what_cannot_be_ready_in_time_is_refused_long_before_its_deadline(tmp_pa
     """So that whoever asked can ask elsewhere, and the engine does nothing that nobody waits for."""
     tenants = Tenants(tmp_path)
     options = ("--access", str(tenants.file), *COMMON, "--tokens-per-s", "8000")
-    with running(1, *options, prefix=goes_first()) as (server,), tenants.load(server, "flood", in_flight=80) as flood:
-        flood.more(16)  # the engine's speed is known, and eight seconds of work are waiting
-        sequence: dict[str, Any] = {"token_ids": [1] * 1000, "score_start": 990, "top_k": 1, "deadline_s": 2.0}
-        with TeacherClient([server.address], token_file=tmp_path / "flood", plaintext_token=True) as client:
+    once = Backoff(1e9, 1e9)  # whoever is refused is not sent again
+    with running(1, *options, prefix=goes_first()) as (server,), tenants.load(server, "flood", in_flight=200) as flood:
+        flood.more(16)  # the engine's speed is known, and 25 seconds of work are waiting: twice the deadline
+        sequence: dict[str, Any] = {"token_ids": [1] * 1000, "score_start": 990, "top_k": 1, "deadline_s": 12.0}
+        flood_token = tmp_path / "flood"
+        with TeacherClient([server.address], token_file=flood_token, plaintext_token=True, backoff=once) as client:
             started_s = time.monotonic()
             with pytest.raises(Overloaded) as caught:
                 client.score(**sequence)  # of the same tenant: behind its own work
@@ -201,4 +213,4 @@ def test_what_cannot_be_ready_in_time_is_refused_long_before_its_deadline(tmp_pa
             client.score(**sequence)  # this tenant's turn is next
     say(refused_after_s=refused_s, message=caught.value.message)
     assert caught.value.fields["field"] == "deadline"
-    assert refused_s < 1.0
+    assert refused_s < figure(1.0, 6.0)

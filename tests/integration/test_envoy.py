@@ -128,10 +128,13 @@ def test_the_deadline_passes_and_a_call_that_is_over_ends_on_the_server(
             return await answer(method, right, context)
 
         server._answer = look
-    with pytest.raises(DeadlineExceeded):
-        score(client, deadline_s=1.5)
-    assert 0 < remaining_s[0] <= 2.0  # gRPC rounds it up
-    until(lambda: sum(server.cancelled for server in servers) == 1)
+    for _ in range(20):
+        with pytest.raises(DeadlineExceeded):
+            score(client, deadline_s=1.5)
+        if any(remaining_s):  # on a busy machine it may pass before a server has the call
+            break
+    assert 0 < max(remaining_s) <= 2.0  # gRPC rounds it up
+    until(lambda: sum(server.cancelled for server in servers) == len(remaining_s))
 
 
 @only_when_full

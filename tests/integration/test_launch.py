@@ -25,7 +25,7 @@ from tests.chaos.pool_under_test import only_when_full
 from tests.fakes import ROOT, FakeServer, child_environment
 from tests.toy import ToyTeacher, write_config
 
-LIMIT_S = 120  # for anything to happen at all
+LIMIT_S = 250  # for anything to happen at all
 STOPPED = 75
 
 
@@ -205,6 +205,14 @@ def test_a_drain_before_there_is_a_teacher_stops_the_start_everywhere(tmp_path):
     config = write_config(tmp_path, "127.0.0.1:9")
     with launched(2, config, f"--stopped-status={STOPPED}", "teacher.start_deadline_s=7200") as launchers:
         until(lambda: all("waiting for the teacher" in launcher.log for launcher in launchers), launchers)
+        launchers[1].process.terminate()
+        assert [launcher.status() for launcher in launchers] == [STOPPED] * 2, launchers[0].log
+
+
+def test_told_when_its_worker_has_just_begun_it_ends_as_stopped_and_so_does_the_other(teacher, tmp_path):
+    """A worker that imports PyTorch cannot listen yet."""
+    with launched(2, write_config(tmp_path, teacher.address, steps=100_000), "--stopped-status=75") as launchers:
+        until(lambda: launchers[1].workers(), launchers)
         launchers[1].process.terminate()
         assert [launcher.status() for launcher in launchers] == [STOPPED] * 2, launchers[0].log
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def recorded(tmp_path_factory) -> Path:
 
 def _online(folder: Path, address: str, archive: Path | None, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    teacher = {"addresses": [address], "top_k": 6, "candidates": 3, "start_deadline_s": 5.0, "deadline_s": 10.0}
+    teacher = {"addresses": [address], "top_k": 6, "candidates": 3, "start_deadline_s": 60.0, "deadline_s": 10.0}
     if archive is not None:
         teacher["archive"] = {"url": str(archive)}
     return write_config(folder, address, **(ONLINE | {"teacher": teacher} | changes))
@@ -253,22 +254,29 @@ def test_offline_the_same_archive_and_seed_give_the_same_weights(recorded, calm,
     assert any(row != other for row, other in zip(_figures(calm)[0].values(), _figures(calm)[3].values(), strict=True))
 
 
+KILLED_AFTER_STEP_3 = """
+import os, signal, sys
+from student_trainer import cli, loop
+
+def publish(parts, row):
+    published(parts, row)
+    if row["step"] == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+published, loop._publish = loop._publish, publish
+sys.exit(cli.main())
+"""
+
+
 def test_offline_killed_and_resumed_is_as_if_nothing_had_been(recorded, calm, tmp_path):
     config = _offline(tmp_path, recorded / "archive", checkpoints={"every_steps": 2})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "student_trainer.cli", "train", str(config)],
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AFTER_STEP_3, "train", str(config)],
         cwd=ROOT,
         env=child_environment() | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+        capture_output=True,
     )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.kill()
-            break
-    process.communicate()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not (tmp_path / "run" / "summary.json").exists()
     _train(config, resume=True)
     _assert_same_run(calm, tmp_path / "run")

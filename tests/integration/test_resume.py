@@ -44,6 +44,13 @@ def teacher():
         yield server
 
 
+@pytest.fixture
+def served():
+    """A teacher of one test alone."""
+    with FakeServer(ToyTeacher()) as server:
+        yield server
+
+
 def _config(folder: Path, address: str, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     path = write_config(folder, address, **(FULL | changes))
@@ -61,6 +68,12 @@ def _start(config: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def _hang_after(server: FakeServer, steps: int, *, of: int) -> None:
+    """The server answers so many steps of FULL with the two that are made ahead, and nothing more until released."""
+    for call in range(12 * (steps + 2) + 1, 12 * (of + 1)):
+        server.faults.hang_at(call=call)
 
 
 def _finish(config: Path, *arguments: str) -> None:
@@ -115,24 +128,29 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(teacher, calm, tmp
     _assert_same_run(calm, tmp_path / "run")
 
 
+KILLED_WHILE_IT_SAVES = """
+import os, signal, sys
+from student_trainer import checkpoint, cli
+
+def seal(folder):
+    if folder.name == ".step-4.partial":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sealed(folder)
+
+sealed, checkpoint._seal = checkpoint._seal, seal
+sys.exit(cli.main())
+"""
+
+
 def test_killed_while_it_saves_the_checkpoint_before_stands(teacher, calm, tmp_path):
     config = _config(tmp_path, teacher.address, checkpoints={"every_steps": 1, "keep": 20})
     checkpoints = tmp_path / "run" / "checkpoints"
-    for _ in range(5):  # a save is short: a kill may come too late
-        process = _start(config)
-        end_s = time.monotonic() + 100
-        while not (partial := [*checkpoints.glob(".step-*.partial")]):
-            assert process.poll() is None and time.monotonic() < end_s
-        process.kill()
-        process.communicate()
-        if partial[0].exists():
-            break
-    else:
-        pytest.fail("never killed in the middle of a save")
-    interrupted = int(partial[0].name.split("-")[1].removesuffix(".partial"))
-    assert saved_steps(checkpoints) == list(range(1, interrupted))
+    words = [sys.executable, "-c", KILLED_WHILE_IT_SAVES, "train", str(config)]
+    killed = subprocess.run(words, cwd=ROOT, env=child_environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert (checkpoints / ".step-4.partial").exists() and saved_steps(checkpoints) == [1, 2, 3]
     _finish(config)
-    assert not partial[0].exists() and interrupted in saved_steps(checkpoints)
+    assert not (checkpoints / ".step-4.partial").exists() and 4 in saved_steps(checkpoints)
     _assert_same_run(calm, tmp_path / "run")
 
 
@@ -145,14 +163,16 @@ def test_a_start_that_was_killed_before_it_wrote_anything_can_be_repeated(teache
 
 
 @pytest.mark.parametrize("pause_s", [0.0, pytest.param(0.02, marks=only_when_full), 0.04])
-def test_sigterm_saves_and_exits_0_and_the_run_goes_on_as_if_nothing_had_been(teacher, calm, tmp_path, pause_s):
-    config = _config(tmp_path, teacher.address, checkpoints={"every_steps": 0})
+def test_sigterm_saves_and_exits_0_and_the_run_goes_on_as_if_nothing_had_been(served, calm, tmp_path, pause_s):
+    _hang_after(served, 6, of=12)
+    config = _config(tmp_path, served.address, checkpoints={"every_steps": 0})
     process = _start(config)
     _wait_for_step(tmp_path / "run", 5, process)
     time.sleep(pause_s)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=100)
     assert process.returncode == 0
+    served.release()
     assert "student-trainer: stopped by SIGTERM: saved, --resume goes on from here" in error
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert len(saved) == 1 and 5 <= int(saved[0].removeprefix("step-")) < 12
@@ -166,12 +186,13 @@ def test_ctrl_c_saves_too_and_says_so_by_its_exit_status(teacher, tmp_path):
     process = _start(config, "steps=1000")
     _wait_for_step(tmp_path / "run", 4, process)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=100)
     assert process.returncode == 130 and "stopped by SIGINT: saved" in error
 
 
 @pytest.mark.parametrize("sharding", [pytest.param("none", marks=only_when_full), "fsdp2"])
-def test_two_processes_stop_together_and_resume_to_the_same_weights(teacher, tmp_path, sharding):
+def test_two_processes_stop_together_and_resume_to_the_same_weights(teacher, served, tmp_path, sharding):
+    _hang_after(served, 4, of=8)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
     def start(config: Path) -> subprocess.Popen[str]:
@@ -184,16 +205,18 @@ def test_two_processes_stop_together_and_resume_to_the_same_weights(teacher, tmp
             text=True,
         )
 
-    configs = [_config(tmp_path / name, teacher.address, steps=8) for name in ("calm", "stopped")]
+    servers = {"calm": teacher, "stopped": served}
+    configs = [_config(tmp_path / name, server.address, steps=8) for name, server in servers.items()]
     undisturbed = start(configs[0])
-    assert undisturbed.wait(timeout=100) == 0, undisturbed.stderr and undisturbed.stderr.read()
+    assert undisturbed.wait(timeout=200) == 0, undisturbed.stderr and undisturbed.stderr.read()
     process = start(configs[1])
     _wait_for_step(tmp_path / "stopped" / "run", 4, process)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=100)
     assert "stopped by SIGTERM: saved" in error
+    served.release()
     again = start(configs[1])
-    assert again.wait(timeout=100) == 0, again.stderr and again.stderr.read()
+    assert again.wait(timeout=200) == 0, again.stderr and again.stderr.read()
     _assert_same_run(tmp_path / "calm" / "run", tmp_path / "stopped" / "run", 8)
 
 
@@ -400,7 +423,8 @@ def test_the_second_run_on_a_directory_is_refused(teacher, tmp_path):
         process.kill()
         process.communicate()
     # The right to it ends with the process, however that ends.
-    assert _resumed(config, "steps=20")["steps"] == 20
+    steps = max(saved_steps(tmp_path / "run" / "checkpoints"), default=0) + 2
+    assert _resumed(config, f"steps={steps}")["steps"] == steps
 
 
 def _reseal(checkpoint: Path) -> None:

@@ -139,8 +139,8 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one_in_service(
     caller = Caller(server.said["listen"])
     failed = 'stillhouse_teacher_reloads_total{result="failed",what="model"}'
     point(tmp_path / "current", broken)
-    wait_for(lambda: server.metric(failed) == 1, server)
-    assert "cannot be served, the old model stays" in server.log
+    wait_for(lambda: "cannot be served, the old model stays" in server.log, server)
+    assert server.metric(failed) == 1  # counted before it is logged
     count = len(caller.answers)
     wait_for(lambda: len(caller.answers) > count + 8, server)
     assert caller.revisions == [server.said["revision"]]

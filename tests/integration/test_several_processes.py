@@ -28,7 +28,7 @@ def teacher():
         yield server
 
 
-def launch(config: Path, processes: int, *overrides: str, timeout_s: float = 200.0) -> subprocess.CompletedProcess[str]:
+def launch(config: Path, processes: int, *overrides: str, timeout_s: float = 400.0) -> subprocess.CompletedProcess[str]:
     """`student-trainer train` in so many processes, by torchrun if more than one."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.run(
@@ -180,7 +180,7 @@ def test_what_fails_in_one_process_ends_all_of_them_with_its_reason(teacher, tmp
     """The verifier breaks on an answer that only one of the two processes gets."""
     config = write_config(tmp_path, teacher.address, steps=50)
     override = "prompts.verifier.function=tests.toy:broken_verifier"
-    done = launch(config, 2, override, timeout_s=60)
+    done = launch(config, 2, override)
     assert done.returncode != 0
     assert "the sandbox is gone" in done.stderr
     assert "NCCL" not in done.stderr and "Connection closed by peer" not in done.stderr
@@ -190,7 +190,7 @@ def test_a_teacher_lost_for_good_ends_all_processes(tmp_path):
     with FakeServer(ToyTeacher()) as server:
         config = write_config(tmp_path, server.address, steps=50)
         server.faults.fail_at(call=40, error=ModelRevisionMismatch("it serves r2 now"))
-        done = launch(config, 2, timeout_s=60)
+        done = launch(config, 2)
     assert done.returncode != 0 and "MODEL_REVISION_MISMATCH: it serves r2 now" in done.stderr
     assert "of 2 failed: ModelRevisionMismatch" in done.stderr  # what the other one says
 

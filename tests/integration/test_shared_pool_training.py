@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from stillhouse.client import TeacherClient
 from student_trainer.config import ConfigError
 from student_trainer.train import train
 from tests.certificates import Authority
@@ -94,7 +96,14 @@ def test_a_student_can_be_its_own_recent_teacher(tmp_path: Path) -> None:
         run(folder, first.address, *keep, steps=1)
     latest = folder / "run" / "checkpoints" / "latest"
     with serving(latest, "--name", "self", "--follow") as server:
-        run(folder, server.said["listen"], *keep, resume=True, steps=60)
+        address = server.said["listen"]
+        run(folder, address, *keep, resume=True, steps=4)
+        with TeacherClient([address]) as client:
+            end_s = time.monotonic() + 200
+            while client.get_teacher().model_revision == server.said["revision"]:
+                assert time.monotonic() < end_s, server.log
+                time.sleep(0.2)
+        run(folder, address, *keep, resume=True, steps=6)
         log = server.log
     samples = [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
     revisions = list(dict.fromkeys(sample["teacher_revision"] for sample in samples if sample["step"] > 1))

@@ -337,16 +337,23 @@ def test_sigterm_finishes_all_admitted_work_and_exits_with_zero(
 ) -> None:
     wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1024, "num_hidden_layers": 6}
     directory = save_model(tmp_path, "llama", **wide)
-    # One sequence a batch, so that the last of 64 waits long enough for the signal to come first.
+    # One sequence a batch, so that the last of 64 waits long enough for the signal to come first. Should this process
+    # be the one that is paused meanwhile, nothing was shown, and it is done again.
+    in_flight = (stopped_in_the_middle(directory, one_at_a_time, engine) for _ in range(3))
+    assert any(number > 0 for number in in_flight), "the signal came after the work"
+
+
+def stopped_in_the_middle(directory: Path, options: tuple[str, ...], engine: str) -> int:
+    """Checks that a server with 64 calls ends well on SIGTERM; how many of them it still had then."""
     with (
-        serving(directory, *one_at_a_time, engine=engine) as server,
+        serving(directory, *options, engine=engine) as server,
         TeacherClient([server.said["listen"]]) as client,
     ):
         futures = [
-            client.submit_score(make_task(seed, MAX_POSITIONS, 1).token_ids, score_start=1, top_k=8)
+            client.submit_score(make_task(seed, MAX_POSITIONS, 1).token_ids, score_start=1, top_k=8, deadline_s=250)
             for seed in range(64)
         ]
-        end_s = time.monotonic() + 30
+        end_s = time.monotonic() + 60
         answered = f"stillhouse_teacher_requests_total{{{labels('OK', '', server.said['model'])}}}"
         while (server.metric(answered) or 0) + (server.metric("stillhouse_teacher_requests_in_flight") or 0) < 64:
             assert time.monotonic() < end_s
@@ -354,14 +361,14 @@ def test_sigterm_finishes_all_admitted_work_and_exits_with_zero(
         server.process.send_signal(signal.SIGTERM)  # launchers pass it on twice
         assert all(len(future.result().sampled_logprobs) == MAX_POSITIONS - 1 for future in futures)
         assert client.stats.retries == {}
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
         assert server.process.stdout is not None
         assert server.process.stdout.read() == ""
         err = server.log
         stopping = re.search(r"stopping: in_flight=(\d+)", err)
         assert stopping is not None
-        assert int(stopping[1]) > 0, "the signal came after the work"
         assert "drain time is over" not in err
+        return int(stopping[1])
 
 
 def test_a_model_that_cannot_be_served_ends_the_program_with_one_message(
@@ -503,11 +510,13 @@ async def wait_for(condition: Callable[[], Any]) -> None:
 async def test_a_passed_deadline_withdraws_the_work_and_is_counted() -> None:
     engine, metrics = FakeEngine(never), Metrics()
     async with in_process(engine, metrics) as running, client_of(running) as client:
-        with pytest.raises(DeadlineExceeded):
-            await score(client, deadline_s=0.2)
+        async with asyncio.timeout(60):
+            while not engine.started.is_set():  # on a busy machine it may pass before the engine has the work
+                with pytest.raises(DeadlineExceeded):
+                    await score(client, deadline_s=0.2)
         await wait_for(lambda: engine.cancelled)
-        await wait_for(lambda: requests(metrics, "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED") == 1)
-        assert running.calls.in_flight == 0
+        await wait_for(lambda: requests(metrics, "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"))
+        await wait_for(lambda: running.calls.in_flight == 0)
 
 
 async def test_a_cancelled_call_withdraws_the_work_and_is_counted() -> None:

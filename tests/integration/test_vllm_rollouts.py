@@ -45,7 +45,7 @@ def _start(config: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def _finish(config: Path, *arguments: str) -> list[dict[str, Any]]:
     process = _start(config, *arguments)
-    _, error = process.communicate(timeout=200)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error[-4000:]
     return _rows(config.parent / "run")
 
@@ -65,17 +65,18 @@ def test_on_policy_the_engine_follows_the_student_at_every_step(teacher, tmp_pat
 
 
 def test_it_generates_while_the_student_trains_and_stops_and_resumes(teacher, tmp_path):
-    config = _config(tmp_path, teacher.address, steps=40, rollout={"batches_ahead": 1})
+    config = _config(tmp_path, teacher.address, steps=1000, rollout={"batches_ahead": 1})
     process = _start(config)
-    end_s = time.monotonic() + 100
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(_rows(tmp_path / "run")) < 3:
+    end_s = time.monotonic() + 300
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
         assert process.poll() is None and time.monotonic() < end_s
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 0 and "stopped by SIGTERM: saved" in error, error[-4000:]
     made = len(_rows(tmp_path / "run"))
-    assert made < 40
+    assert made < 1000
     rows = _finish(config, "--resume", f"steps={made + 3}")
     assert [row["step"] for row in rows] == list(range(1, made + 4))
     assert [row["staleness"] for row in rows[:2]] == [0, 1] and rows[made]["staleness"] == 1

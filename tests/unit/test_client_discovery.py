@@ -60,7 +60,8 @@ def score_until(client: TeacherClient, server: FakeServer) -> None:
 
 def test_a_name_stands_for_all_its_addresses(three: list[FakeServer], names: FakeNames) -> None:
     names.addresses = [server.address for server in three]
-    with TeacherClient(["dns:///teachers:50051"]) as client:
+    # In turn: by speed, a pause would give one server's calls to the others.
+    with TeacherClient(["dns:///teachers:50051"], balancing="round_robin") as client:
         for future in [submit(client) for _ in range(60)]:
             future.result(timeout=20)
         assert min(len(server.requests) for server in three) >= 10
@@ -196,7 +197,8 @@ def test_a_name_of_which_nothing_is_known_is_looked_up_sooner(
         assert waiting.result(timeout=20).model == "bigram"
 
 
-async def test_failures_in_a_row_do_not_make_a_storm_of_look_ups() -> None:
+async def test_failures_in_a_row_do_not_make_a_storm_of_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "SOONEST_S", 3600.0)
     names = FakeNames("127.0.0.1:1")
     watched = Discovery(["dns:///teachers:1"], lambda: None, names)
     for _ in range(100):
@@ -226,7 +228,7 @@ def test_servers_at_several_loopback_addresses_are_found_by_a_real_look_up(monke
             return [found for each in hosts for found in real(each, *arguments, **options)]
 
         monkeypatch.setattr(socket, "getaddrinfo", both)
-        with TeacherClient([f"dns:///teachers:{one.port}"]) as client:
+        with TeacherClient([f"dns:///teachers:{one.port}"], balancing="round_robin") as client:
             for future in [submit(client) for _ in range(40)]:
                 future.result(timeout=20)
         assert min(len(one.requests), len(two.requests)) >= 10
@@ -268,7 +270,8 @@ def test_a_server_that_comes_or_goes_moves_no_other() -> None:
 
 def test_a_client_connects_to_no_more_than_max_servers_and_a_resting_one_is_replaced() -> None:
     servers = [FakeServer() for _ in range(6)]
-    with TeacherClient([s.address for s in servers], max_servers=2, backoff=QUICK) as client:
+    addresses = [server.address for server in servers]
+    with TeacherClient(addresses, max_servers=2, backoff=QUICK, balancing="round_robin") as client:
         for future in [submit(client) for _ in range(40)]:
             future.result(timeout=20)
         used = [server for server in servers if server.requests]
@@ -276,8 +279,9 @@ def test_a_client_connects_to_no_more_than_max_servers_and_a_resting_one_is_repl
         used[0].stop()
         for future in [submit(client) for _ in range(40)]:
             future.result(timeout=20)
-        now_used = [server for server in servers if server.requests]
-        assert len(now_used) == 3
+        # If the calls sent again came after its rest, the other one of the two had them.
+        until(lambda: bool(score(client)) and sum(bool(server.requests) for server in servers) >= 3)
+        assert sum(bool(server.requests) for server in servers) == 3
         assert not client.stats.failures
         with FakeServer(port=used[0].port) as again:
             score_until(client, again)
@@ -318,7 +322,7 @@ def test_every_policy_serves_a_client(three: list[FakeServer], balancing: str) -
     with TeacherClient([server.address for server in three], balancing=balancing) as client:
         for future in [submit(client) for _ in range(60)]:
             future.result(timeout=20)
-        assert min(len(server.requests) for server in three) >= 5
+        assert min(len(server.requests) for server in three) >= 1, "one never measured counts as the fastest"
 
 
 @pytest.mark.parametrize("refusal", [Overloaded, QuotaExceeded])
@@ -340,16 +344,16 @@ def test_another_server_is_asked_at_once_when_one_says_come_again(
 def test_when_all_say_come_again_the_soonest_is_waited_for(
     three: list[FakeServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for server, delay_s in zip(three, (20.0, 0.3, 10.0), strict=True):
+    for server, delay_s in zip(three, (2000.0, 300.0, 1000.0), strict=True):
         server.faults.fail_at(call=1, error=Overloaded("full", retry_delay_s=delay_s))
     for _ in range(8):  # in each client's own order
         waits = record_sleeps(monkeypatch)
         for server in three:
             server.calls["Score"] = 0
         with TeacherClient([server.address for server in three], backoff=QUICK) as client:
-            score(client)
+            score(client, deadline_s=5000.0)
         assert len(waits) == 1
-        assert 0.2 < waits[0] <= 0.3 + 0.01
+        assert 200.0 < waits[0] <= 300.0 + 0.01
 
 
 def test_every_server_is_asked_before_a_revision_is_said_to_be_gone(three: list[FakeServer]) -> None:
@@ -379,7 +383,7 @@ def test_a_full_server_of_the_right_revision_is_waited_for() -> None:
 
 def test_a_server_of_another_revision_still_gets_calls_that_want_none(three: list[FakeServer]) -> None:
     three[0].faults.fail_at(call=1, error=ModelRevisionMismatch("r2 here"))
-    with TeacherClient([server.address for server in three]) as client:
+    with TeacherClient([server.address for server in three], balancing="round_robin") as client:
         until(lambda: bool(score(client, expected_model_revision="r1")) and len(three[0].requests) == 1)
         for future in [submit(client) for _ in range(30)]:
             future.result(timeout=20)

@@ -39,8 +39,10 @@ def test_a_cancelled_call_is_cancelled_on_the_server_and_nowhere_else(server: Fa
             with pytest.raises(asyncio.CancelledError):
                 await dropped
             await asyncio.to_thread(server.wait_for, lambda s: s.cancelled == 1)
+            late = asyncio.ensure_future(client.score(TOKENS, score_start=2, top_k=2))
+            await asyncio.to_thread(server.wait_for, lambda s: s.in_flight == 2)
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(client.score(TOKENS, score_start=2, top_k=2), 0.1)
+                await asyncio.wait_for(late, 0.1)
             await asyncio.to_thread(server.wait_for, lambda s: s.cancelled == 2)
             server.release()
             assert (await kept).model == "bigram"
@@ -78,6 +80,16 @@ def test_closing_ends_every_call_wherever_it_waits(server: FakeServer, free_addr
             future.result(timeout=20)
     server.wait_for(lambda s: s.cancelled == 2)
     assert client.stats == ClientStats(cancelled=6)
+
+
+async def test_a_call_that_closing_ends_before_its_first_step_is_counted(server: FakeServer) -> None:
+    client = AsyncTeacherClient([server.address])
+    call = asyncio.ensure_future(client.score(TOKENS, score_start=2, top_k=2))
+    await asyncio.sleep(0)  # the call has a task now, which has not run
+    await client.close()
+    with pytest.raises(Cancelled, match="closed"):
+        await call
+    assert client.stats == ClientStats(cancelled=1)
 
 
 def test_closing_the_asyncio_client_does_not_cancel_its_callers(server: FakeServer) -> None:
@@ -267,6 +279,25 @@ def test_an_interrupt_ends_the_wait_and_the_call_and_the_client_goes_on(server: 
     server.wait_for(lambda s: s.cancelled == 1)
     text, _ = process.communicate(timeout=30)
     assert (text, process.returncode) == ("bigram\n", 0)
+
+
+def test_an_interrupt_before_the_wait_has_begun_ends_the_call_too(
+    server: FakeServer, client: TeacherClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.faults.hang_at(call=1)
+    start = client._thread.submit
+
+    def interrupted(work: Any) -> Any:
+        start(work)
+        server.wait_for(lambda s: s.in_flight == 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client._thread, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score(client, deadline_s=600.0)
+    server.wait_for(lambda s: s.cancelled == 1)
+    monkeypatch.undo()
+    assert score(client).model == "bigram"
 
 
 def test_a_client_from_before_a_fork_is_refused_in_the_child(server: FakeServer) -> None:

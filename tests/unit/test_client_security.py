@@ -9,13 +9,15 @@ import grpc
 import pytest
 
 from stillhouse import discovery, security
-from stillhouse.client import AsyncTeacherClient, TeacherClient, Tls
+from stillhouse.client import AsyncTeacherClient, Backoff, TeacherClient, Tls
 from stillhouse.errors import StillhouseError, Unauthenticated, Unavailable
 from stillhouse.pool import Pool
 from stillhouse.security import Security
 from tests.calls import QUICK, score, submit, until
 from tests.certificates import Authority, KeyPair, replace
 from tests.fakes import FakeServer
+
+ONCE = Backoff(1e9, 1e9)  # no second attempt: it would come after any deadline
 
 
 @pytest.fixture
@@ -67,10 +69,10 @@ def test_scores_come_over_tls(secure: FakeServer, authority: Authority) -> None:
 def test_a_server_of_another_authority_is_not_believed(secure: FakeServer, tmp_path: Path) -> None:
     other = Authority(tmp_path / "other")
     with (
-        TeacherClient([secure.address], tls=Tls(ca=other.certificate), backoff=QUICK) as client,
+        TeacherClient([secure.address], tls=Tls(ca=other.certificate), backoff=ONCE) as client,
         pytest.raises(Unavailable),
     ):
-        score(client, deadline_s=1.0)
+        score(client)
     assert secure.requests == []
 
 
@@ -78,10 +80,10 @@ def test_a_server_whose_certificate_has_another_name_is_not_believed(authority: 
     credentials = server_credentials(authority.server("teachers.example"))
     with FakeServer(credentials=credentials) as server:
         with (
-            TeacherClient([server.address], tls=Tls(ca=authority.certificate), backoff=QUICK) as client,
+            TeacherClient([server.address], tls=Tls(ca=authority.certificate), backoff=ONCE) as client,
             pytest.raises(Unavailable),
         ):
-            score(client, deadline_s=1.0)
+            score(client)
         with TeacherClient(
             [server.address], tls=Tls(ca=authority.certificate, server_name="teachers.example")
         ) as client:
@@ -104,10 +106,10 @@ def test_a_looked_up_address_must_have_a_certificate_of_the_name(
         with TeacherClient(["dns:///teachers.example:50051"], tls=tls) as client:
             assert score(client).model == "bigram"
         with (
-            TeacherClient(["dns:///impostors.example:50051"], tls=tls, backoff=QUICK) as client,
+            TeacherClient(["dns:///impostors.example:50051"], tls=tls, backoff=ONCE) as client,
             pytest.raises(Unavailable),
         ):
-            score(client, deadline_s=1.0)
+            score(client)
         named = Tls(ca=authority.certificate, server_name="teachers.example")
         with TeacherClient(["dns:///a-service:50051"], tls=named) as client:
             assert score(client).model == "bigram"
@@ -119,10 +121,10 @@ def test_a_certificate_for_the_address_alone_is_not_enough_for_a_name(
     name_stands_for(monkeypatch, secure.address)
     tls = Tls(ca=authority.certificate)
     with (
-        TeacherClient(["dns:///teachers.example:50051"], tls=tls, backoff=QUICK) as client,
+        TeacherClient(["dns:///teachers.example:50051"], tls=tls, backoff=ONCE) as client,
         pytest.raises(Unavailable),
     ):
-        score(client, deadline_s=1.0)
+        score(client)
 
 
 def test_a_client_shows_its_certificate(authority: Authority) -> None:
@@ -130,10 +132,10 @@ def test_a_client_shows_its_certificate(authority: Authority) -> None:
     mine = authority.client("spiffe://pool/team-a")
     with FakeServer(credentials=credentials) as server:
         with (
-            TeacherClient([server.address], tls=Tls(ca=authority.certificate), backoff=QUICK) as client,
+            TeacherClient([server.address], tls=Tls(ca=authority.certificate), backoff=ONCE) as client,
             pytest.raises(Unavailable),
         ):
-            score(client, deadline_s=1.0)
+            score(client)
         tls = Tls(ca=authority.certificate, certificate=mine.certificate, key=mine.key)
         with TeacherClient([server.address], tls=tls) as client:
             assert score(client).model == "bigram"
@@ -233,14 +235,20 @@ def test_a_new_token_is_sent_and_a_broken_file_keeps_the_old(
     assert "second" not in caplog.text
 
 
-def test_files_are_looked_at_no_more_than_once_a_second(server: FakeServer, tmp_path: Path) -> None:
+def test_files_are_looked_at_no_more_than_once_a_second(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert security.LOOK_EVERY_S == 1.0
+    monkeypatch.setattr(security, "LOOK_EVERY_S", 3600.0)
     token = broken("first", tmp_path / "token")
     with TeacherClient([server.address], token_file=token, plaintext_token=True) as client:
         client._client._attempts._security.look(at_once=True)
         replace(token, b"second")
         score(client)
         assert server.metadata[-1]["authorization"] == "Bearer first"
-        until(lambda: bool(score(client)) and server.metadata[-1]["authorization"] == "Bearer second")
+        monkeypatch.setattr(security, "LOOK_EVERY_S", 0.0)
+        score(client)
+        assert server.metadata[-1]["authorization"] == "Bearer second"
 
 
 def test_a_call_refused_with_a_token_that_was_just_replaced_is_sent_again_once(

@@ -14,13 +14,12 @@ from student_trainer.stopping import Stopped, never
 class Maker:
     """Makes batches and notes which student made them."""
 
-    def __init__(self, pause_s: float = 0.0, stop=never) -> None:
+    def __init__(self, stop=never) -> None:
         self.made: list[tuple[int, int]] = []
         self.threads: set[str] = set()
-        self._pause_s, self._stop = pause_s, stop
+        self._stop = stop
 
     def __call__(self, step: int, student_step: int) -> InFlight:
-        time.sleep(self._pause_s)
         if self._stop():
             raise Stopped("half-way")
         self.made.append((step, student_step))
@@ -78,14 +77,34 @@ def test_a_resumed_pipeline_makes_what_an_undisturbed_one_makes():
     assert again.made == [(5, 3)] and resumed.take(3) is left[0]
 
 
-def test_in_the_background_the_trainer_waits_only_for_the_batch_whose_turn_it_is():
-    pipeline = _pipeline(Maker(pause_s=0.3), 1, background=True)
+def test_in_the_background_the_trainer_waits_only_for_the_batch_whose_turn_it_is(monkeypatch):
+    waits = [threading.Event(), threading.Event()]
+
+    class Clock:
+        """Each batch takes 0.3 s, from when somebody waits for it."""
+
+        now_s, reads = 0.0, 0
+
+        def monotonic(self) -> float:
+            now_s, self.reads = self.now_s, self.reads + 1
+            if self.reads % 2:
+                waits[self.reads // 2].set()
+            return now_s
+
+    clock = Clock()
+
+    def slow(step: int, student_step: int) -> InFlight:
+        assert waits[step].wait(100)
+        clock.now_s += 0.3
+        return InFlight(step, student_step, [])
+
+    monkeypatch.setattr("student_trainer.pipeline.time", clock)
+    pipeline = _pipeline(slow, 1, background=True)  # pyright: ignore
     pipeline.fill(0)
-    start_s = time.monotonic()
     pipeline.take(0)
-    assert time.monotonic() - start_s < 0.5  # batch 1 is still being made
+    assert pipeline.waited_s == pytest.approx(0.3) and not waits[1].is_set()
     pipeline.settle()
-    assert 0.5 < pipeline.waited_s < 0.9
+    assert pipeline.waited_s == pytest.approx(0.6)
     pipeline.close()
 
 
@@ -102,13 +121,16 @@ def test_a_stop_leaves_the_batches_that_were_finished():
 @pytest.mark.parametrize("commits", [True, False])
 def test_what_is_being_made_when_a_step_is_learnt_is_finished_and_otherwise_given_up(commits):
     """A batch of an older student could not be made again once the student has moved on."""
-    asked = threading.Event()
+    asked, may_end = threading.Event(), threading.Event()
 
     def slow(step: int, student_step: int) -> InFlight:
-        for _ in range(10):
-            time.sleep(0.02)
+        while step == 1:
+            ended = may_end.is_set()
             if pipeline.stopping():
                 raise Stopped("half-way")
+            if ended:
+                break
+            time.sleep(0.01)
         return InFlight(step, student_step, [])
 
     pipeline = _pipeline(slow, 1, background=True, stop=asked.is_set)  # pyright: ignore
@@ -117,6 +139,8 @@ def test_what_is_being_made_when_a_step_is_learnt_is_finished_and_otherwise_give
     if commits:
         assert pipeline.commit()
     asked.set()
+    if commits:
+        threading.Timer(0.1, may_end.set).start()
     with pytest.raises(Stopped):
         pipeline.settle()
     assert pipeline.commit() is False

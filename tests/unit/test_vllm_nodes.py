@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from teacher_server import vllm_nodes
 from teacher_server.options import OptionError, check, parse
 from teacher_server.vllm_nodes import Leader, Membership, NodeMissing
 
@@ -172,20 +173,50 @@ async def test_strangers_are_let_go_and_change_nothing() -> None:
         member.close()
 
 
-async def test_a_leader_says_for_whom_it_waits_and_gives_up(caplog: pytest.LogCaptureFixture) -> None:
-    async with group(4, wait_s=2) as it:
-        await it.here(2)
-        with pytest.raises(NodeMissing, match=r"of 4 nodes 1, 3 did not come .* within 2 s \(--nodes-wait-s\)"):
-            await it.gathering
-    assert "waiting for nodes=1, 2, 3 of=4" in caplog.text
-    assert "waiting for nodes=1, 3 of=4" in caplog.text
+@dataclass
+class Clock:
+    """Stands until it is set."""
+
+    now_s: float = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
 
 
-async def test_a_follower_says_for_whom_it_waits_and_gives_up(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What those who wait look at, which they do often."""
+    made = Clock()
+    monkeypatch.setattr(vllm_nodes, "time", made)
+    monkeypatch.setattr(vllm_nodes, "_SAY_EVERY_S", 0.05)
+    return made
+
+
+async def test_a_leader_says_for_whom_it_waits_and_gives_up(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    async with group(4, wait_s=600) as it:
+        assert "waiting for nodes=1, 2, 3 of=4" in caplog.text
+        coming = await it.here(2)
+        await until(lambda: "waiting for nodes=1, 3 of=4" in caplog.text)
+        clock.now_s = 599.0
+        await until(lambda: "seconds_left=1" in caplog.text)
+        assert not it.gathering.done()
+        clock.now_s = 600.0
+        with pytest.raises(NodeMissing, match=r"of 4 nodes 1, 3 did not come .* within 600 s \(--nodes-wait-s\)"):
+            await asyncio.wait_for(it.gathering, 20)
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
+
+
+async def test_a_follower_says_for_whom_it_waits_and_gives_up(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
-    with pytest.raises(NodeMissing, match=f"the leader did not come to 127.0.0.1:{port} within 1 s"):
-        await Membership.join("127.0.0.1", port, 1, FACTS, 1)
-    assert f"waiting for the leader: address=127.0.0.1:{port}" in caplog.text
+    coming = asyncio.create_task(Membership.join("127.0.0.1", port, 1, FACTS, 600))
+    await until(lambda: f"waiting for the leader: address=127.0.0.1:{port}" in caplog.text)
+    clock.now_s = 599.0
+    await until(lambda: "seconds_left=1" in caplog.text)
+    assert not coming.done()
+    clock.now_s = 600.0
+    with pytest.raises(NodeMissing, match=f"the leader did not come to 127.0.0.1:{port} within 600 s"):
+        await asyncio.wait_for(coming, 20)
 
 
 async def test_a_follower_that_is_there_before_its_leader_finds_it(caplog: pytest.LogCaptureFixture) -> None:
