@@ -15,6 +15,7 @@ Prometheus about that moment, so it does not matter what other tests do to the p
 """
 
 import contextlib
+import datetime
 import hashlib
 import http.client
 import json
@@ -263,11 +264,13 @@ def _whole_moment(prometheus: Prometheus) -> float:
 
     def is_whole() -> bool:
         nonlocal moment_s
-        moment_s = time.time() - _SCRAPE_EVERY_S  # what was begun before has ended, well or not
+        evaluated = [group["lastEvaluation"] for group in prometheus.get("rules")["groups"]]
+        evaluated_s = [datetime.datetime.fromisoformat(moment).timestamp() for moment in evaluated]
+        moment_s = max(evaluated_s)
+        time.sleep(_SCRAPE_EVERY_S)  # what was begun before has ended, well or not
         scraped = prometheus.query("min_over_time(up[5s]) == 1", moment_s)
-        recorded = prometheus.query('min(timestamp({__name__=~".+:.+:.+"}))', moment_s)
         told = {labels["alertname"] for labels, _ in prometheus.query("ALERTS", moment_s)}
-        up_to_date = bool(recorded) and recorded[0][1] > moment_s - 3 * _SCRAPE_EVERY_S
+        up_to_date = moment_s - min(evaluated_s) < 3 * _SCRAPE_EVERY_S
         return len(scraped) == _PROGRAMS and up_to_date and told >= PROVOKED
 
     wait_until(is_whole, "there was no moment at which all was well scraped", prometheus)
