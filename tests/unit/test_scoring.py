@@ -271,6 +271,28 @@ def test_a_sequence_that_is_always_too_late_is_given_up_once_others_are_answered
     assert all(isinstance(result, Scores) for result in found[1:])
 
 
+def test_an_outage_before_it_does_not_cost_a_failure_of_the_engine_its_second_try():
+    with FakeServer(_Teacher()) as server, _scoring(server) as scorer:
+        answer = scorer.submit(ROLLOUT).result()
+        sent: list[Future[Scores]] = []
+
+        def submit(rollout: Rollout) -> Future[Scores]:
+            sent.append(Future())
+            return sent[-1]
+
+        happens = iter([Unavailable("away"), EngineFailed("a bug"), None])
+
+        def stop() -> bool:  # asked once a round
+            if (error := next(happens)) is not None:
+                sent[-1].set_exception(error)
+            else:
+                sent[-1].set_result(answer)
+            return False
+
+        scorer.submit = submit  # pyright: ignore
+        assert scorer.collect([ROLLOUT], [submit(ROLLOUT)], stop=stop) == [answer]
+
+
 def test_waiting_for_scores_can_be_given_up():
     with FakeServer(_Teacher()) as server, _scoring(server) as scorer:
         server.faults.hang_at()
