@@ -24,8 +24,8 @@ if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
   exit 0
 fi
 export DEBIAN_FRONTEND=noninteractive
+patient=(-o Acquire::Retries=5 -o DPkg::Lock::Timeout=120)
 install() { # no daemon is started: tests start their own
   RUNLEVEL=1 apt-get "${patient[@]}" install --quiet --quiet --yes --no-install-recommends "${missing[@]}"
 }
-patient=(-o Acquire::Retries=5 -o DPkg::Lock::Timeout=120)
 install || { apt-get "${patient[@]}" update --quiet --quiet && install; }

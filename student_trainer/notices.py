@@ -1,7 +1,7 @@
 """What a process of a run says outside of the meetings: that it was asked to stop, what it failed of, that it waits.
 
-A meeting is too late for both. A process that is asked to stop (its node is drained) while another waits out an
-outage of the teachers would wait with it; and a process that fails where no meeting checks leaves the others in theirs.
+A meeting is too late for the first two. A process that is asked to stop (its node is drained) while another waits out
+an outage of the teachers would wait with it; and one that fails where no meeting checks leaves the others in theirs.
 Notices lie in the store through which torch.distributed found its processes. A thread of each process looks there,
 on a connection of its own; it also says how long the process has waited in a meeting.
 """

@@ -79,11 +79,15 @@ class Launcher:
 
 @contextlib.contextmanager
 def launched(
-    nodes: int, config: Path, *arguments: str, options: tuple[str, ...] = (), of_each: tuple[str, ...] = ("", "")
+    nodes: int,
+    config: Path,
+    *arguments: str,
+    options: tuple[str, ...] = (),
+    of_each: tuple[tuple[str, ...], ...] = ((), ()),
 ) -> Iterator[list[Launcher]]:
     """Two workers on one node or on two; whatever is left of them is killed at the end.
 
-    of_each: an argument of each of two nodes.
+    of_each: further arguments, for each of two nodes its own.
     """
     if nodes == 1:
         launchers = [Launcher(["--standalone", "--nproc-per-node=2", *options], config, *arguments)]
@@ -94,7 +98,7 @@ def launched(
         meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
         meeting += ["--rdzv-id=test", *options]
         launchers = [
-            Launcher(meeting, config, *arguments, *filter(None, [own]), name=f"node-{index}")
+            Launcher(meeting, config, *arguments, *own, name=f"node-{index}")
             for index, own in enumerate(of_each)
         ]
     try:
@@ -188,7 +192,7 @@ def test_a_node_that_is_drained_in_an_outage_of_the_teachers_does_not_wait_for_i
     """
     with FakeServer(ToyTeacher()) as teacher, FakeServer(ToyTeacher()) as lost:
         config = write_config(tmp_path, teacher.address, steps=100_000, checkpoints={"every_steps": 1})
-        addresses = tuple(f"teacher.addresses=[{server.address}]" for server in (teacher, lost))
+        addresses = tuple((f"teacher.addresses=[{server.address}]",) for server in (teacher, lost))
         with launched(2, config, f"--stopped-status={STOPPED}", of_each=addresses) as launchers:
             wait_for_step(config, 3, launchers)
             lost.stop()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -205,6 +206,7 @@ def test_a_failure_of_the_engine_is_tried_once_more():
 
 def test_an_outage_longer_than_a_calls_deadline_is_waited_out_and_told(capsys, monkeypatch):
     monkeypatch.setattr("student_trainer.scoring._SHOW_EVERY_S", 0.5)
+    monkeypatch.setattr("student_trainer.scoring._TRIES_TOO_LATE", 1000)  # this is not about a sequence
     seen: list[float] = []
     server = FakeServer(_Teacher())
     with _scoring(server, deadline_s=0.5) as scorer:
@@ -221,7 +223,8 @@ def test_an_outage_longer_than_a_calls_deadline_is_waited_out_and_told(capsys, m
         again[0].stop()
     assert all(isinstance(result, Scores) for result in results)
     assert max(seen) > 2.0 and seen[-1] == 0.0 and scorer.outage_s == 0.0
-    assert scorer.total_outage_s == max(seen)
+    # On a busy machine the second call may be late once more after the first was answered.
+    assert scorer.total_outage_s == sum(last for last, after in itertools.pairwise(seen) if after == 0.0)
     error = capsys.readouterr().err
     assert re.search(r"no teacher has answered for [1-9]\d* s, the run waits \(up to 7200 s\)", error)
     assert re.search(r"the teacher answers again after \d+ s", error)
@@ -310,7 +313,7 @@ def test_a_right_that_was_taken_away_is_waited_for_not_a_lost_sample(error, caps
         results = _collect(scorer, 3)
         assert all(isinstance(result, Scores) for result in results)
         assert scorer.total_outage_s > 0.5
-        assert server.calls["Score"] < 40 * (1 + scorer.total_outage_s), "it was asked again and again without a pause"
+        assert server.calls["Score"] < 24 * (1 + scorer.total_outage_s), "it was asked again and again without a pause"
     assert error.message in capsys.readouterr().err
 
 
