@@ -98,8 +98,7 @@ def launched(
         meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
         meeting += ["--rdzv-id=test", *options]
         launchers = [
-            Launcher(meeting, config, *arguments, *own, name=f"node-{index}")
-            for index, own in enumerate(of_each)
+            Launcher(meeting, config, *arguments, *own, name=f"node-{index}") for index, own in enumerate(of_each)
         ]
     try:
         yield launchers
